@@ -1,0 +1,134 @@
+"""BM25 over the documents of a memory, on the FTS5 module of Python's own sqlite3.
+
+Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009), with FTS5's
+constants (k1 = 1.2, b = 0.75) and its idf, log((N - n + 0.5) / (n + 0.5)) but never below 1e-6. The first line
+of a text is its title.
+"""
+
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+
+from .errors import MemoryFormatError, MSAError
+
+# Letters and digits, with combining accents, which FTS5's unicode61 keeps inside a word and then strips.
+_WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")
+
+STOP_WORDS = frozenset(
+    "a an and are as at be been but by did do does for from had has have he her hers him his how i if in "
+    "into is it its me my no not of on or our she so than that the their them then there these they this "
+    "those to too was we were what when where which while who whom whose why will with would you your".split()
+)
+
+
+class LexicalIndex:
+    """A BM25 index of texts, numbered from 0 in the order of their arrival. Safe to share between threads.
+
+    Words are stemmed (Porter), words of the title count `title_weight` times, and stop words of a query are
+    left out as long as other words remain. `LexicalIndex.plain(texts)` is the textbook baseline without any of
+    this. A run of Chinese or Japanese script is one word to FTS5, so such texts need the routers.
+
+    Args:
+        texts: texts to add at once.
+        path: database file to keep the index in, which continues one that is there; None keeps it in memory.
+        tokenizer: FTS5 tokenizer, used when the index is new.
+        title_weight: how many times a word of the title (the first line) counts; above 0.
+        stop_words: lower-case words that a query does not search for.
+
+    Raises:
+        MSAError: this Python's sqlite3 has no FTS5.
+        MemoryFormatError: `path` holds something else.
+        ValueError: `title_weight` is not above 0.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str] = (),
+        *,
+        path: str | None = None,
+        tokenizer: str = "porter unicode61 remove_diacritics 2",
+        title_weight: float = 3.0,
+        stop_words: frozenset[str] = STOP_WORDS,
+    ):
+        if not title_weight > 0:
+            raise ValueError(f"title_weight must be above 0, got {title_weight}")
+        self.title_weight = float(title_weight)
+        self.stop_words = stop_words
+        self._lock = threading.RLock()
+        self._database = _open(path, tokenizer)
+        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
+        self.add(texts)
+
+    @classmethod
+    def plain(cls, texts: Iterable[str] = (), path: str | None = None) -> "LexicalIndex":
+        """Textbook BM25: no stemming, no stop words, title and body alike."""
+        return cls(texts, path=path, tokenizer="unicode61", title_weight=1.0, stop_words=frozenset())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Appends texts in one transaction: either all of them are in, or none."""
+        with self._lock, self._database:
+            rows = _rows(texts, start=self._size)
+            self._database.executemany("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", rows)
+        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
+
+    def search(self, query: str, k: int = 16) -> list[tuple[int, float]]:
+        """The k best texts as (number, BM25 score), best first, equal scores by number. Only texts that hold
+        a word of the query are listed, so there may be fewer than k, or none."""
+        return self._ranked(query, max(int(k), 0))
+
+    def scores(self, query: str) -> dict[int, float]:
+        """BM25 score of every text that holds a word of the query, by its number."""
+        return dict(self._ranked(query, -1))
+
+    def close(self) -> None:
+        """Closes the database; nothing can be added or searched afterwards."""
+        self._database.close()
+
+    def _ranked(self, query: str, limit: int) -> list[tuple[int, float]]:
+        words = query_words(query, self.stop_words)
+        if not words or limit == 0:
+            return []
+        # Each word is a quoted FTS5 string, so nothing in a query can act as query syntax.
+        match = " OR ".join(f'"{word}"' for word in words)
+        statement = (
+            "SELECT rowid, -bm25(texts, ?, 1.0) AS score FROM texts WHERE texts MATCH ? "
+            "ORDER BY score DESC, rowid LIMIT ?"
+        )
+        with self._lock:
+            return self._database.execute(statement, (self.title_weight, match, limit)).fetchall()
+
+
+def query_words(query: str, stop_words: frozenset[str] = STOP_WORDS) -> list[str]:
+    """The different words of a query in lower case, without stop words unless there is nothing else."""
+    words = list(dict.fromkeys(word.lower() for word in _WORD.findall(query)))
+    return [word for word in words if word not in stop_words] or words
+
+
+def _rows(texts: Iterable[str], start: int) -> Iterator[tuple[int, str, str]]:
+    for number, text in enumerate(texts, start):
+        title, _, body = text.encode("utf-8", "replace").decode("utf-8").partition("\n")
+        yield number, title, body
+
+
+def _open(path: str | None, tokenizer: str) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:" if path is None else path, check_same_thread=False)
+    quoted = tokenizer.replace("'", "''")
+    try:
+        # content='' keeps the postings alone: the texts themselves live in the memory bank.
+        columns = f"title, body, content='', tokenize='{quoted}'"
+        database.execute(f"CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5({columns})")
+        database.execute("SELECT bm25(texts) FROM texts WHERE texts MATCH 'probe' LIMIT 1").fetchall()
+    except sqlite3.DatabaseError as error:
+        database.close()
+        if "no such module: fts5" in str(error):
+            raise MSAError(
+                "This Python's sqlite3 was built without FTS5, which lexical retrieval needs: use a Python "
+                "whose SQLite has it (python.org, Debian and conda builds do), or switch the lexical prior off."
+            ) from error
+        name = "the lexical index" if path is None else path
+        raise MemoryFormatError(f"{name} cannot be used as a lexical index: {error}") from error
+    return database
