@@ -1,1 +1,1 @@
-"""The model: flat files that travel with every checkpoint, so they need only torch, transformers and each other."""
+"""The model: flat files that travel with every checkpoint; they need only torch, transformers, each other."""
