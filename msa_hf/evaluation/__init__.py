@@ -1,0 +1,1 @@
+"""Evaluation: the HotpotQA memory, retrieval, answers and cost, each beside named peers in one run."""
