@@ -1,19 +1,21 @@
 """BM25 over the documents of a memory, on the FTS5 module of Python's own sqlite3.
 
 Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond" (2009), with FTS5's
-constants (k1 = 1.2, b = 0.75) and its idf, log((N - n + 0.5) / (n + 0.5)) but never below 1e-6. The first line
-of a text is its title.
+constants (k1 = 1.2, b = 0.75) and its idf, log((N - n + 0.5) / (n + 0.5)) but never below 1e-6. The first
+line of a text is its title.
 """
 
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .errors import MemoryFormatError, MSAError
 
 # Letters and digits, with combining accents, which FTS5's unicode61 keeps inside a word and then strips.
 _WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")
+
+_LONGEST_NAME = 12
 
 STOP_WORDS = frozenset(
     "a an and are as at be been but by did do does for from had has have he her hers him his how i if in "
@@ -26,8 +28,8 @@ class LexicalIndex:
     """A BM25 index of texts, numbered from 0 in the order of their arrival. Safe to share between threads.
 
     Words are stemmed (Porter), words of the title count `title_weight` times, and stop words of a query are
-    left out as long as other words remain. `LexicalIndex.plain(texts)` is the textbook baseline without any of
-    this. A run of Chinese or Japanese script is one word to FTS5, so such texts need the routers.
+    left out as long as other words remain. `LexicalIndex.plain(texts)` is the textbook baseline without any
+    of this. A run of Chinese or Japanese script is one word to FTS5, so such texts need the routers.
 
     Args:
         texts: texts to add at once.
@@ -71,8 +73,12 @@ class LexicalIndex:
     def add(self, texts: Iterable[str]) -> None:
         """Appends texts in one transaction: either all of them are in, or none."""
         with self._lock, self._database:
-            rows = _rows(texts, start=self._size)
-            self._database.executemany("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", rows)
+            for row in _rows(texts, start=self._size):
+                self._database.execute("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", row)
+                name = _name(row[1])
+                if name:
+                    named = (name, name.count(" ") + 1, row[0])
+                    self._database.execute("INSERT INTO names VALUES (?, ?, ?)", named)
         self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
 
     def search(self, query: str, k: int = 16) -> list[tuple[int, float]]:
@@ -83,6 +89,59 @@ class LexicalIndex:
     def scores(self, query: str) -> dict[int, float]:
         """BM25 score of every text that holds a word of the query, by its number."""
         return dict(self._ranked(query, -1))
+
+    def search_linked(
+        self, query: str, texts: Sequence[str], k: int = 16, *, sources: int = 4, weight: float = 0.3
+    ) -> list[tuple[int, float]]:
+        """`search`, then one step along the links between texts: a text whose title is mentioned by one of
+        the `sources` best gains `weight` of that one's score. The second half of a two-hop question's
+        evidence often shares no word with the question and is only found this way.
+
+        Args:
+            texts: what was added, in order; only the best `sources` are read.
+        """
+        own = self.scores(query)
+        ranked = sorted(own, key=lambda number: (-own[number], number))
+        scores = dict(own)
+        for source in ranked[:sources]:
+            for number in self.mentioned(texts[source]):
+                linked = own.get(number, 0.0) + weight * own[source]
+                if number != source and linked > 0:
+                    scores[number] = max(scores.get(number, 0.0), linked)
+        best = sorted(scores, key=lambda number: (-scores[number], number))[: max(int(k), 0)]
+        return [(number, scores[number]) for number in best]
+
+    def mentioned(self, text: str) -> list[int]:
+        """Numbers of the texts whose title stands in `text`, in order of appearance and longest title first.
+
+        A title counts without what is in parentheses at its end ("Mercury (planet)") and without the headings
+        that a split document adds to it ("title > heading"); upper and lower case must agree.
+        """
+        words = _WORD.findall(text)
+        found: dict[int, None] = {}
+        with self._lock:
+            longest = self._database.execute("SELECT max(words) FROM names").fetchone()[0] or 0
+            spans = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, i + longest + 1)}
+            names = self._names(sorted(spans))
+        start = 0
+        while start < len(words):
+            ends = range(min(len(words), start + longest), start, -1)
+            end = next((end for end in ends if " ".join(words[start:end]) in names), None)
+            if end is not None:
+                found.update(dict.fromkeys(names[" ".join(words[start:end])]))
+            start = start + 1 if end is None else end
+        return list(found)
+
+    def _names(self, spans: list[str]) -> dict[str, list[int]]:
+        """Numbers of the texts that bear one of these names, by name."""
+        names: dict[str, list[int]] = {}
+        for start in range(0, len(spans), 500):
+            some = spans[start : start + 500]
+            marks = ",".join("?" * len(some))
+            statement = f"SELECT name, number FROM names WHERE name IN ({marks}) ORDER BY number"
+            for name, number in self._database.execute(statement, some):
+                names.setdefault(name, []).append(number)
+        return names
 
     def close(self) -> None:
         """Closes the database; nothing can be added or searched afterwards."""
@@ -108,6 +167,13 @@ def query_words(query: str, stop_words: frozenset[str] = STOP_WORDS) -> list[str
     return [word for word in words if word not in stop_words] or words
 
 
+def _name(title: str) -> str:
+    """The words by which other texts would mention a title; '' when that says too little or too much."""
+    words = _WORD.findall(re.sub(r"\s*\([^()]*\)\s*$", "", title.split(" > ", 1)[0]))
+    telling = [word for word in words if word.lower() not in STOP_WORDS]
+    return " ".join(words) if telling and len(words) <= _LONGEST_NAME else ""
+
+
 def _rows(texts: Iterable[str], start: int) -> Iterator[tuple[int, str, str]]:
     for number, text in enumerate(texts, start):
         title, _, body = text.encode("utf-8", "replace").decode("utf-8").partition("\n")
@@ -121,13 +187,15 @@ def _open(path: str | None, tokenizer: str) -> sqlite3.Connection:
         # content='' keeps the postings alone: the texts themselves live in the memory bank.
         columns = f"title, body, content='', tokenize='{quoted}'"
         database.execute(f"CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5({columns})")
+        database.execute("CREATE TABLE IF NOT EXISTS names (name TEXT, words INTEGER, number INTEGER)")
+        database.execute("CREATE INDEX IF NOT EXISTS names_by_name ON names (name)")
         database.execute("SELECT bm25(texts) FROM texts WHERE texts MATCH 'probe' LIMIT 1").fetchall()
     except sqlite3.DatabaseError as error:
         database.close()
         if "no such module: fts5" in str(error):
             raise MSAError(
                 "This Python's sqlite3 was built without FTS5, which lexical retrieval needs: use a Python "
-                "whose SQLite has it (python.org, Debian and conda builds do), or switch the lexical prior off."
+                "whose SQLite has it (python.org, Debian, conda), or switch the lexical prior off."
             ) from error
         name = "the lexical index" if path is None else path
         raise MemoryFormatError(f"{name} cannot be used as a lexical index: {error}") from error

@@ -112,6 +112,46 @@ def test_stems_accents_and_titles_help():
     assert index.search("cafe", 2)[0][0] == 2 and index.search("cafe\u0301", 2)[0][0] == 2
 
 
+def test_mentions_follow_titles():
+    texts = [
+        "Ada Lovelace\nborn in London, worked with Babbage",
+        "London\na city",
+        "London (Ontario)\na town",
+    ]
+    texts += ["Babbage > Engines\nthe engine", "The\nnothing", "x\nlondon"]
+    index = LexicalIndex(texts)
+    assert index.mentioned(texts[0]) == [0, 1, 2, 3]
+    assert index.mentioned("in London town") == [1, 2]
+    assert (
+        index.mentioned("london the THE") == []
+        and index.mentioned("") == []
+        and LexicalIndex().mentioned("x") == []
+    )
+
+
+def test_the_longest_title_wins():
+    index = LexicalIndex(["New York\n", "New York City\n", "City\n"])
+    assert index.mentioned("New York City") == [1] and index.mentioned("New York, the City") == [0, 2]
+
+
+def test_linked_search_finds_the_second_hop():
+    texts = [
+        "Movie A\ndirected by Jane Roe",
+        "Jane Roe\nborn in 1950",
+        "Movie B\ndirected by an unknown person, and otherwise nothing is known",
+        "z\nother",
+    ]
+    texts += [f"pad{i}\nfiller" for i in range(9)]
+    index = LexicalIndex(texts)
+    question = "What year was the maker of Movie A born?"
+    assert [i for i, _ in index.search("Movie A", 4)][:2] == [0, 2]
+    linked = index.search_linked("Movie A", texts, 4)
+    assert {i for i, _ in linked} == {0, 1, 2} and linked[0] == index.search("Movie A", 1)[0]
+    assert index.search_linked(question, texts, 2)[0][0] in (0, 1)
+    assert index.search_linked("", texts, 4) == [] and index.search_linked("Movie A", texts, 0) == []
+    assert index.search_linked(question, texts, 4, weight=0.0) == index.search(question, 4)
+
+
 def test_file_is_continued(tmp_path):
     path = str(tmp_path / "index.sqlite")
     first = LexicalIndex(["t\ndog", "t\ncat"], path=path)
