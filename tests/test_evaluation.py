@@ -1,15 +1,19 @@
 """The evaluation against closed forms, hand-made cases and naive twins."""
 
+import json
 import math
 import re
 import string
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from msa_hf.evaluation import hotpotqa, metrics, sentence_encoder
+import msa_hf  # noqa: F401
+from msa_hf.evaluation import answers, cached_memory, cost, hotpotqa, metrics, retrieval, sentence_encoder
+from msa_hf.modeling.lexical import LexicalIndex
 
 
 def test_retrieval_metrics_by_hand():
@@ -158,16 +162,164 @@ def test_benchmark_joins_paragraphs_and_shares_equal_ones():
         hotpotqa.load_hotpotqa(questions=0, records=RECORDS)
 
 
-def test_length_batches_hold_every_text_once_within_budget():
-    lengths = [3, 100, 7, 7, 50, 1, 260]
-    batches = sentence_encoder.length_batches(lengths, 120)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 120 for b in batches)
-
-
 def test_rank_equals_a_sort():
     generator = torch.Generator().manual_seed(0)
     queries, documents = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
     expected = torch.sort(queries @ documents.T, dim=1, descending=True).indices[:, :5].tolist()
     assert sentence_encoder.rank(queries, documents, 5) == expected
     assert all(sorted(row) == list(range(40)) for row in sentence_encoder.rank(queries, documents, 99))
+
+
+WORDS = "amber cedar dune ember fjord grove heath inlet jetty knoll lagoon marsh north oasis prairie".split()
+
+
+def small_benchmark(count=6):
+    """`count` questions, each naming the titles of its own two documents."""
+    records = []
+    for number in range(count):
+        left, right = f"{WORDS[number]} hill", f"{WORDS[number]} river"
+        records.append(
+            {
+                "question": f"Where do {left} and {right} meet?",
+                "answer": WORDS[-1 - number],
+                "supporting_facts": [[left, 0], [right, 0]],
+                "context": [[left, [f"It is near {WORDS[-1 - number]}."]], [right, ["It is long."]]],
+            }
+        )
+    return hotpotqa.load_hotpotqa(questions=count, records=records)
+
+
+class StandInModel:
+    """Ranks by known scores and answers from the documents that it is given: a report is then certain."""
+
+    device = "cpu"
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+
+    def layer_scores(self, layer, question):
+        """Layer 1 puts the gold documents first, layer 2 last."""
+        gold = self.benchmark.gold[self.benchmark.questions.index(question)]
+        sign = 1.0 if layer == 1 else -1.0
+        return torch.tensor([sign * (i in gold) - 0.001 * i for i in range(len(self.benchmark.documents))])
+
+    def route_questions(self, questions, memory, tokenizer=None):
+        return {layer: torch.stack([self.layer_scores(layer, q) for q in questions]) for layer in (1, 2)}
+
+    def rank_documents(self, questions, memory, k=16, mode="fused", tokenizer=None):
+        layer = {"router": 2, "fused": 1}[mode]
+        orders = (self.layer_scores(layer, q).argsort(descending=True)[:k].tolist() for q in questions)
+        return [[SimpleNamespace(id=i) for i in order] for order in orders]
+
+    def answer_from(self, questions, documents, tokenizer, max_new_tokens=16):
+        found = [re.search(r"near (\w+)", " ".join(texts)) for texts in documents]
+        return [match.group(1) if match else "unknown" for match in found]
+
+    def generate(self, input_ids, memory, tokenizer, **kwargs):
+        """Reads the first gold document of every other question."""
+        chosen = [list(self.benchmark.gold[i][:1]) if i % 2 == 0 else [] for i in input_ids.tolist()]
+        texts = [[memory.documents[i] for i in row] for row in chosen]
+        return SimpleNamespace(
+            answers=self.answer_from(None, texts, tokenizer),
+            rounds=[[SimpleNamespace(documents=row)] for row in chosen],
+        )
+
+
+class NumberingTokenizer:
+    """Stands for a tokenizer: a question becomes its number."""
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+
+    def __call__(self, questions, **kwargs):
+        class Inputs(dict):
+            def to(self, device):
+                return self
+
+        return Inputs(input_ids=torch.tensor([self.benchmark.questions.index(q) for q in questions]))
+
+
+def bank_of(benchmark):
+    documents = list(benchmark.documents)
+    return SimpleNamespace(
+        documents=documents, num_tokens=99, router_layers=(1, 2), lexical=LexicalIndex(documents)
+    )
+
+
+def test_retrieval_report_tells_good_from_bad(tmp_path):
+    benchmark = small_benchmark(9)
+    report = retrieval.evaluate_retrieval(
+        StandInModel(benchmark), None, benchmark, bank_of(benchmark), with_encoder=False, question_batch=4
+    )
+    names = [system.name for system in report.systems]
+    assert names == ["routers", "fused", "lexical", "BM25", "layer 1", "layer 2"]
+    for name in ("fused", "layer 1"):
+        found = {metric: estimate.mean for metric, estimate in report.system(name).metrics.items()}
+        assert found == {"recall@1": 0.5, "recall@4": 1.0, "recall@16": 1.0, "both@16": 1.0, "MRR": 1.0}
+    worst = report.system("layer 2").metrics
+    assert worst["recall@16"].mean == 0.0 and worst["MRR"].mean == pytest.approx(1 / 17)
+    assert report.system("routers").metrics == worst
+    assert report.system("BM25").metrics["recall@4"].mean == 1.0  # the questions name the titles
+    assert report.differences["routers - BM25"]["recall@4"].high == -1.0
+    assert "fused - MiniLM-L6" not in report.differences
+    text = retrieval.render(report)
+    assert all(name in text for name in names) and "9 questions" in text
+    retrieval.save_json(report, tmp_path / "report.json")
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["systems"][1]["metrics"]["recall@4"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    with pytest.raises(ValueError, match="benchmark's documents"):
+        retrieval.evaluate_retrieval(None, None, small_benchmark(3), bank_of(benchmark))
+    with pytest.raises(KeyError, match="no system 'x'"):
+        report.system("x")
+
+
+def test_retrieval_plot_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    benchmark = small_benchmark(3)
+    report = retrieval.evaluate_retrieval(
+        StandInModel(benchmark), None, benchmark, bank_of(benchmark), with_encoder=False
+    )
+    retrieval.save_plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_measure_the_way_from_closed_book_to_gold():
+    benchmark = small_benchmark(6)
+    model, tokenizer = StandInModel(benchmark), NumberingTokenizer(benchmark)
+    report = answers.evaluate_answers(
+        model, tokenizer, benchmark, bank_of(benchmark), questions=4, question_batch=3
+    )
+    assert report.questions == 4
+    means = {name: estimate.mean for name, estimate in report.f1.items()}
+    assert means == {"closed book": 0.0, "memory": 0.5, "gold given": 1.0}
+    assert report.gap_closed["f1"].mean == 0.5 and report.gap_closed["exact_match"].mean == 0.5
+    assert report.documents_read == 0.5 and report.gold_read == 0.25
+    assert [answer.answer for answer in report.answers["gold given"]] == list(benchmark.answers[:4])
+    assert report.answers["memory"][2].documents == [benchmark.gold[2][0]]
+    assert "way to gold" in answers.render(report)
+    assert json.loads(json.dumps(report.to_dict()))["answers"]["memory"][1]["f1"] == 0.0
+
+
+def test_embeddings_are_computed_once_per_label_and_texts(tmp_path):
+    calls = []
+
+    def encode(texts):
+        calls.append(list(texts))
+        return torch.arange(len(texts) * 2.0).view(-1, 2)
+
+    first = cached_memory.cached_embeddings("one", ["a", "b"], encode, tmp_path)
+    again = cached_memory.cached_embeddings("one", ["a", "b"], encode, tmp_path)
+    assert torch.equal(first, again) and len(calls) == 1
+    cached_memory.cached_embeddings("two", ["a", "b"], encode, tmp_path)
+    cached_memory.cached_embeddings("one", ["ab"], encode, tmp_path)
+    assert len(calls) == 3 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_alternating_timer_runs_each_function_equally_often():
+    order = []
+    timings = cost.alternate([lambda: order.append("a"), lambda: order.append("b")], repetitions=3)
+    assert order == ["a", "b"] * 4
+    assert all(t.repetitions == 3 and t.fastest <= t.median <= t.slowest for t in timings)
+    assert cost.Timing.of([3.0, 1.0, 2.0]) == cost.Timing(2.0, 1.0, 3.0, 3)
+    with pytest.raises(ValueError, match="repetitions must be >= 1"):
+        cost.alternate([], 0)

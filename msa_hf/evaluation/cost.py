@@ -19,7 +19,7 @@ import torch
 
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.peak_memory import EncodingMemory, measure_encoding
-from msa_hf.evaluation.sentence_encoder import length_batches
+from msa_hf.modeling.memory_encoding import length_batches, pad_rows, tokenize_documents
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def time_encoding(
 ) -> tuple[Timing, Timing, Any, dict[str, float]]:
     """Timings of `encode_memory` and of the plain backbone over the same texts, the bank, the errors."""
     plain = plain_backbone(model)
-    batches = document_batches(tokenizer, texts, batch_tokens)
+    batches = document_batches(model, tokenizer, texts, batch_tokens)
     bank = model.encode_memory(list(texts), tokenizer, batch_tokens=batch_tokens)
     errors = {
         "logits": check_logits(model, plain, tokenizer, question),
@@ -173,30 +173,22 @@ def plain_backbone(model: Any) -> Any:
     return plain.eval()
 
 
-def document_batches(
-    tokenizer: Any, texts: Sequence[str], batch_tokens: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded (input_ids, attention_mask) [B, T], by falling length under a token budget."""
-    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+def document_batches(model: Any, tokenizer: Any, texts: Sequence[str], batch_tokens: int) -> list[tuple]:
+    """Right-padded (input_ids, attention_mask) [B, T]: the batches that `encode_memory` makes."""
+    tokens = tokenize_documents(list(texts), tokenizer, model.config.prompt_format)
     batches = []
-    for rows in length_batches([len(row) for row in ids], batch_tokens):
-        width = len(ids[rows[0]])
-        tokens, mask = (
-            torch.zeros(len(rows), width, dtype=torch.long),
-            torch.zeros(len(rows), width, dtype=torch.long),
-        )
-        for number, row in enumerate(rows):
-            tokens[number, : len(ids[row])] = torch.tensor(ids[row])
-            mask[number, : len(ids[row])] = 1
-        batches.append((tokens, mask))
+    for rows in length_batches([len(row) for row in tokens], batch_tokens):
+        ids, lengths = pad_rows([tokens[row] for row in rows], model.device)
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        batches.append((ids, mask.long().to(model.device)))
     return batches
 
 
 @torch.inference_mode()
-def run_backbone(backbone: Any, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def run_backbone(backbone: Any, batches: Sequence[tuple]) -> None:
     """Forward of the whole backbone over the batches, nothing kept."""
     for tokens, mask in batches:
-        backbone(tokens.to(backbone.device), attention_mask=mask.to(backbone.device), use_cache=False)
+        backbone(tokens, attention_mask=mask, use_cache=False)
 
 
 @torch.inference_mode()

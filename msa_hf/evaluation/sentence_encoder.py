@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from msa_hf.modeling.memory_encoding import length_batches
+
 
 class SentenceEncoder:
     """Texts to unit vectors [N, E]."""
@@ -54,17 +56,6 @@ class SentenceEncoder:
             pooled = (hidden * mask).sum(1) / mask.sum(1)
             vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).cpu()
         return vectors
-
-
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped by falling length, each group at most `batch_tokens` padded tokens (or one text)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def rank(queries: torch.Tensor, documents: torch.Tensor, k: int) -> list[list[int]]:

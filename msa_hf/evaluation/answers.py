@@ -1,0 +1,201 @@
+"""Answer quality: closed book, from memory, and with the gold paragraphs given, in one run.
+
+The three settings share the prompt template and the decoding; only the documents in the prompt differ.
+Reported are exact match and F1 of HotpotQA, and how much of the way from closed book to gold the memory goes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msa_hf.evaluation import metrics
+from msa_hf.evaluation.cached_memory import benchmark_memory
+from msa_hf.evaluation.environment import Environment, describe_environment
+from msa_hf.evaluation.hotpotqa import HotpotQA
+from msa_hf.evaluation.metrics import Estimate
+
+CLOSED_BOOK, MEMORY, GOLD = "closed book", "memory", "gold given"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, its scores, and the documents that the prompt held (indices, best first)."""
+
+    question: str
+    expected: str
+    answer: str
+    documents: list[int]
+    exact_match: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class AnswerReport:
+    """Exact match and F1 per setting."""
+
+    questions: int
+    documents: int
+    tokens: int
+    exact_match: dict[str, Estimate]
+    f1: dict[str, Estimate]
+    gap_closed: dict[str, Estimate]  # by metric name: 0 = closed book, 1 = gold given
+    documents_read: float  # mean documents in the prompt of the memory setting
+    gold_read: float  # mean fraction of the gold documents among them
+    seconds: dict[str, float]
+    answers: dict[str, list[Answer]]
+    environment: Environment
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON, every answer included."""
+        return asdict(self)
+
+
+def evaluate_answers(
+    model: Any,
+    tokenizer: Any,
+    benchmark: HotpotQA,
+    memory: Any = None,
+    *,
+    questions: int | None = 200,
+    max_new_tokens: int = 16,
+    question_batch: int = 8,
+    cache_dir: str | Path | None = None,
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> AnswerReport:
+    """Answers the first `questions` questions (None: all) in the three settings, greedily.
+
+    `memory` is the MemoryBank of ALL the benchmark's documents; None encodes them, or reads the bank that an
+    earlier run left in `cache_dir`. Raises ValueError if it holds other documents.
+    """
+    if memory is None:
+        memory = benchmark_memory(model, tokenizer, benchmark.documents, cache_dir, batch_tokens, progress)
+    elif list(memory.documents) != list(benchmark.documents):
+        raise ValueError(
+            "memory must hold the benchmark's documents in their order: build it from them, or pass None"
+        )
+    asked = benchmark.first(questions)
+
+    def given(documents: list[list[int]]) -> list[str]:
+        texts = [[benchmark.documents[i] for i in row] for row in documents]
+        return model.answer_from(list(asked.questions), texts, tokenizer, max_new_tokens=max_new_tokens)
+
+    def remembered() -> tuple[list[str], list[list[int]]]:
+        return ask_memory(model, tokenizer, asked.questions, memory, max_new_tokens, question_batch)
+
+    nothing, gold = [[] for _ in asked.questions], [list(row) for row in asked.gold]
+    runs: dict[str, Callable[[], tuple[list[str], list[list[int]]]]] = {
+        CLOSED_BOOK: lambda: (given(nothing), nothing),
+        MEMORY: remembered,
+        GOLD: lambda: (given(gold), gold),
+    }
+    answers, seconds = {}, {}
+    for name, run in runs.items():
+        start = time.perf_counter()
+        texts, used = run()
+        seconds[name] = time.perf_counter() - start
+        answers[name] = score_answers(asked, texts, used)
+    read = [answer.documents for answer in answers[MEMORY]]
+    return AnswerReport(
+        questions=len(asked),
+        documents=len(benchmark.documents),
+        tokens=int(memory.num_tokens),
+        **summarize(answers),
+        documents_read=sum(map(len, read)) / len(read),
+        gold_read=float(metrics.recall_at(read, asked.gold, len(benchmark.documents)).mean()),
+        seconds=seconds,
+        answers=answers,
+        environment=describe_environment(model.device),
+    )
+
+
+def ask_memory(
+    model: Any, tokenizer: Any, questions: tuple[str, ...], memory: Any, max_new_tokens: int, size: int
+) -> tuple[list[str], list[list[int]]]:
+    """Answers by router-directed interleave, and the documents of the last round per question, best first."""
+    texts: list[str] = []
+    used: list[list[int]] = []
+    for start in range(0, len(questions), size):
+        batch = list(questions[start : start + size])
+        inputs = tokenizer(
+            batch, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        )
+        out = model.generate(
+            **inputs.to(model.device),
+            memory=memory,
+            tokenizer=tokenizer,
+            retrieval="router",
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        texts.extend(out.answers)
+        used.extend(list(rounds[-1].documents) if rounds else [] for rounds in out.rounds)
+    return texts, used
+
+
+def score_answers(benchmark: HotpotQA, texts: list[str], documents: list[list[int]]) -> list[Answer]:
+    """Every answer with its exact match and HotpotQA F1."""
+    rows = zip(benchmark.questions, benchmark.answers, texts, documents, strict=True)
+    return [
+        Answer(
+            question,
+            expected,
+            text,
+            ids,
+            metrics.exact_match(text, expected),
+            metrics.hotpot_f1(text, expected),
+        )
+        for question, expected, text, ids in rows
+    ]
+
+
+def summarize(answers: dict[str, list[Answer]]) -> dict[str, dict[str, Estimate]]:
+    """Intervals per setting, and the part of the gap that memory closes, for exact match and F1."""
+    values = {
+        metric: {name: [getattr(answer, metric) for answer in rows] for name, rows in answers.items()}
+        for metric in ("exact_match", "f1")
+    }
+    summary: dict[str, dict[str, Estimate]] = {
+        metric: {name: metrics.bootstrap(row) for name, row in rows.items()}
+        for metric, rows in values.items()
+    }
+    summary["gap_closed"] = {
+        metric: metrics.gap_closed(rows[CLOSED_BOOK], rows[MEMORY], rows[GOLD])
+        for metric, rows in values.items()
+    }
+    return summary
+
+
+def render(report: AnswerReport) -> str:
+    """The report as a text table."""
+    lines = [
+        f"Answers: {report.questions:,} questions, memory of {report.documents:,} documents "
+        f"({report.tokens:,} tokens)",
+        str(report.environment),
+        "",
+        f"{'':12} {'exact match':>20} {'F1':>20} {'s/question':>11}",
+    ]
+    for name in (CLOSED_BOOK, MEMORY, GOLD):
+        pace = report.seconds[name] / report.questions
+        lines.append(
+            f"{name:12} {str(report.exact_match[name]):>20} {str(report.f1[name]):>20} {pace:>11.2f}"
+        )
+    gap = report.gap_closed
+    lines += [
+        f"{'way to gold':12} {str(gap['exact_match']):>20} {str(gap['f1']):>20}",
+        "",
+        f"documents read from memory per question: {report.documents_read:.1f}, "
+        f"holding {report.gold_read:.0%} of the gold paragraphs",
+    ]
+    return "\n".join(lines)
+
+
+def save_json(report: AnswerReport, path: str | Path) -> None:
+    """Writes the report with all answers as JSON."""
+    Path(path).write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
