@@ -1,0 +1,247 @@
+"""MemoryBank: documents with their chunk-pooled keys, values and router keys, per router layer.
+
+Axis letters: B batch, T tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, R router chunks, N documents,
+P memory vectors in the prefix.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from .configuration_msa import MemorySettings
+from .errors import MemoryMismatchError
+from .lexical import LexicalIndex
+from .memory_files import read_memory, write_memory
+from .ops import document_scores
+
+
+class DenseVectors:
+    """Rows of vectors, [rows, width], in one tensor. The interface of every vector storage of a bank."""
+
+    def __init__(self, data: torch.Tensor):
+        self.data = data
+
+    @classmethod
+    def allocate(cls, rows: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> "DenseVectors":
+        return cls(torch.empty(rows, width, dtype=dtype, device=device))
+
+    def __len__(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def slice(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, width]: consecutive rows, as routing reads them."""
+        return self.data[start:stop]
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """[len(rows), width]: chosen rows, as attention reads them."""
+        return self.data.index_select(0, rows)
+
+    def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        self.data.index_copy_(0, rows, values.to(self.data.device, self.data.dtype))
+
+    def to(self, device: torch.device | str) -> "DenseVectors":
+        return DenseVectors(self.data.to(device))
+
+
+@dataclass
+class LayerMemory:
+    """One router layer's vectors: keys and values [C, W], router keys [R, W] (L2-normalised per head unless "dot")."""
+
+    keys: DenseVectors
+    values: DenseVectors
+    router_keys: DenseVectors
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self.router_keys.nbytes
+
+
+@dataclass
+class MemoryBank:
+    """The memory of one model.
+
+    Args:
+        documents: N texts, as they were given to `encode_memory`.
+        token_counts: [N] int64, tokens of each encoded document.
+        settings: what the vectors depend on besides the weights.
+        layers: vectors per router layer.
+        head: K and V [G, tokens, D] of the template head per layer (every layer); empty dict without one.
+        fingerprint: of the model that made the bank, see `MSAForCausalLM.fingerprint`.
+        metadata: JSON-serialisable notes of the maker.
+    """
+
+    documents: list[str]
+    token_counts: torch.Tensor
+    settings: MemorySettings
+    layers: dict[int, LayerMemory]
+    head: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    fingerprint: dict | None = None
+    metadata: dict = field(default_factory=dict)
+    tokenizer: object = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self):
+        if len(self.documents) != len(self.token_counts):
+            raise ValueError(
+                f"token_counts must have one entry per document; got {len(self.token_counts)} for {len(self.documents)}"
+            )
+        self.chunk_counts = chunk_counts(self.token_counts, self.settings.chunk_size)
+        self.router_chunk_counts = chunk_counts(self.token_counts, self.settings.router_chunk_size)
+        self._first_chunk = F.pad(self.chunk_counts.cumsum(0), (1, 0))
+        self._lexical: LexicalIndex | None = None
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def router_layers(self) -> tuple[int, ...]:
+        return self.settings.router_layers
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_counts.sum())
+
+    @property
+    def head_length(self) -> int:
+        return next(iter(self.head.values()))[0].shape[1] if self.head else 0
+
+    @property
+    def lexical(self) -> LexicalIndex:
+        """BM25 over the documents' texts; built on first use."""
+        if self._lexical is None:
+            self._lexical = LexicalIndex(self.documents)
+        return self._lexical
+
+    def route(self, layer: int, queries: torch.Tensor, question_mask: torch.Tensor, **reductions) -> torch.Tensor:
+        """Scores [B, N] float32 of all documents in one router layer.
+
+        Args:
+            queries: [B, H, T, D] router queries. question_mask: [B, T] bool, at least one token per row.
+            reductions: `head_reduction`, `query_reduction`, `chunk_reduction`, see `ops.document_scores`.
+        """
+        keys = self.layers[layer].router_keys
+        return document_scores(queries, question_mask, keys, self.router_chunk_counts, **reductions)
+
+    def gather(self, layer: int, documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pooled K and V [B, G, P, D] of each sample's documents in bank order, and which of the P are real [B, P]."""
+        memory, settings = self.layers[layer], self.settings
+        ids = [chosen.sort().values.to(self.chunk_counts.device) for chosen in documents]
+        totals = torch.stack([self.chunk_counts[chosen].sum() for chosen in ids])
+        rows = self._chunk_rows(torch.cat(ids)).to(memory.keys.data.device)
+        mask = (torch.arange(int(totals.max())) < totals[:, None]).to(rows.device)
+        shape = (*mask.shape, settings.num_key_value_heads, settings.head_dim)
+
+        def padded(vectors: torch.Tensor) -> torch.Tensor:
+            out = vectors.new_zeros(*mask.shape, vectors.shape[1])
+            return out.masked_scatter(mask[..., None], vectors).view(shape).transpose(1, 2)
+
+        return padded(memory.keys.take(rows)), padded(memory.values.take(rows)), mask
+
+    def _chunk_rows(self, documents: torch.Tensor) -> torch.Tensor:
+        """Rows of the chunks of `documents`, document after document."""
+        counts = self.chunk_counts[documents]
+        shift = self._first_chunk[documents] - F.pad(counts.cumsum(0), (1, 0))[:-1]
+        return torch.arange(int(counts.sum())) + torch.repeat_interleave(shift, counts)
+
+    def to(self, device: torch.device | str) -> "MemoryBank":
+        """Moves the vectors to `device`, in place."""
+        for memory in self.layers.values():
+            memory.keys, memory.values = memory.keys.to(device), memory.values.to(device)
+            memory.router_keys = memory.router_keys.to(device)
+        self.head = {layer: (keys.to(device), values.to(device)) for layer, (keys, values) in self.head.items()}
+        return self
+
+    def stats(self) -> dict:
+        """Counts and bytes, from the tensors held."""
+        router_bytes = sum(memory.router_keys.nbytes for memory in self.layers.values())
+        total = sum(memory.nbytes for memory in self.layers.values())
+        return {
+            "documents": len(self),
+            "tokens": self.num_tokens,
+            "chunks": int(self.chunk_counts.sum()),
+            "router_chunks": int(self.router_chunk_counts.sum()),
+            "router_layers": list(self.router_layers),
+            "chunk_size": self.settings.chunk_size,
+            "router_chunk_size": self.settings.router_chunk_size,
+            "vector_bytes": total,
+            "router_key_bytes": router_bytes,
+            "text_bytes": sum(len(text.encode()) for text in self.documents),
+            "vector_bytes_per_token": total / max(1, self.num_tokens),
+        }
+
+    def check_model(self, settings: MemorySettings, fingerprint: dict | None) -> None:
+        """Raises MemoryMismatchError, saying what differs, unless a model with these settings made this bank."""
+        differences = self.settings.differences(settings)
+        if self.fingerprint and fingerprint:
+            differences += [
+                f"{part}: {self.fingerprint.get(part)} != {fingerprint.get(part)}"
+                for part in sorted(set(self.fingerprint) | set(fingerprint))
+                if self.fingerprint.get(part) != fingerprint.get(part)
+            ]
+        if differences:
+            raise MemoryMismatchError(
+                "this memory was made by another model; encode the documents with this one. "
+                f"Differences (memory != model): {'; '.join(differences)}"
+            )
+
+    def save_pretrained(self, directory: str) -> None:
+        """Writes memory.json, documents (JSON lines) and vectors (safetensors); replaces a memory that is there.
+
+        The old memory stays readable until the new one is complete.
+        """
+        tensors = {"token_counts": self.token_counts}
+        for layer, memory in self.layers.items():
+            for name in ("keys", "values", "router_keys"):
+                tensors[f"layers.{layer}.{name}"] = getattr(memory, name).data
+        for layer, (keys, values) in self.head.items():
+            tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"] = keys, values
+        write_memory(directory, self.documents, tensors, self.settings, self.fingerprint, self.metadata)
+
+    @classmethod
+    def from_pretrained(cls, directory: str, model=None, tokenizer=None) -> "MemoryBank":
+        """Reads what `save_pretrained` wrote.
+
+        Args:
+            model: if given, must be the model that made the memory; the vectors go to its device.
+            tokenizer: kept for `generate`, which then needs none.
+
+        Raises:
+            MemoryFormatError: damaged, incomplete or of an unknown format version.
+            MemoryMismatchError: made by another model.
+        """
+        documents, tensors, settings, fingerprint, metadata = read_memory(directory)
+        layers = {
+            layer: LayerMemory(
+                *(DenseVectors(tensors[f"layers.{layer}.{name}"]) for name in ("keys", "values", "router_keys"))
+            )
+            for layer in settings.router_layers
+        }
+        heads = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("head.") and "keys" in name)
+        head = {layer: (tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"]) for layer in heads}
+        bank = cls(documents, tensors["token_counts"], settings, layers, head, fingerprint, metadata, tokenizer)
+        if model is not None:
+            bank.check_model(model.config.memory_settings, model.fingerprint())
+            bank.to(model.device)
+        return bank
+
+
+def chunk_counts(token_counts: torch.Tensor, chunk_size: int) -> torch.Tensor:
+    """Chunks of each document, the last one possibly shorter."""
+    return (token_counts + chunk_size - 1) // chunk_size
+
+
+def normalise_heads(vectors: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[..., W] with every head of length `head_dim` scaled to L2 norm 1."""
+    return F.normalize(vectors.unflatten(-1, (-1, head_dim)), dim=-1).flatten(-2)

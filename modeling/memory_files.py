@@ -1,0 +1,146 @@
+"""How a memory lies on disk: memory.json, documents-*.jsonl and vectors-*.safetensors.
+
+memory.json names the other two with their sizes and is replaced last, in one step, so a directory always holds one
+whole memory: the old one until the new one is complete.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .configuration_msa import MemorySettings
+from .errors import MemoryFormatError
+
+FORMAT_VERSION = 1
+INDEX = "memory.json"
+
+
+def write_memory(
+    directory: str | Path,
+    documents: list[str],
+    tensors: dict[str, torch.Tensor],
+    settings: MemorySettings,
+    fingerprint: dict | None,
+    metadata: dict,
+) -> None:
+    """Writes a whole memory to `directory`; see `MemoryBank.save_pretrained`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    stamp = uuid.uuid4().hex[:12]
+    names = {"documents": f"documents-{stamp}.jsonl", "vectors": f"vectors-{stamp}.safetensors"}
+    with open(directory / names["documents"], "w", encoding="utf-8") as file:
+        for text in documents:
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        _sync(file)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / names["vectors"])
+    with open(directory / names["vectors"], "rb") as file:
+        os.fsync(file.fileno())
+    index = {
+        "format": "msa_hf memory",
+        "format_version": FORMAT_VERSION,
+        "settings": asdict(settings),
+        "fingerprint": fingerprint,
+        "metadata": metadata,
+        "files": {
+            kind: {"name": name, "bytes": (directory / name).stat().st_size} for kind, name in names.items()
+        },
+        "documents_sha256": _sha256(directory / names["documents"]),
+    }
+    temporary = directory / f".{INDEX}-{stamp}"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(index, file, indent=1)
+        _sync(file)
+    os.replace(temporary, directory / INDEX)
+    for pattern in ("documents-*.jsonl", "vectors-*.safetensors"):
+        for stale in directory.glob(pattern):
+            if stale.name not in names.values():
+                stale.unlink()
+
+
+def read_memory(directory: str | Path):
+    """(documents, tensors, settings, fingerprint, metadata) of the memory in `directory`.
+
+    Raises:
+        FileNotFoundError: there is no memory. MemoryFormatError: it is damaged or of another format version.
+    """
+    directory = Path(directory)
+    if not (directory / INDEX).is_file():
+        raise FileNotFoundError(f"no memory in {directory}: {INDEX} is missing")
+    try:
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        version = index["format_version"]
+        if version != FORMAT_VERSION:
+            raise MemoryFormatError(
+                f"{directory / INDEX}: format_version must be {FORMAT_VERSION} for this release; got {version!r}"
+            )
+        paths = {kind: directory / _file_name(index["files"][kind]["name"]) for kind in ("documents", "vectors")}
+        for kind, path in paths.items():
+            _check_size(path, index["files"][kind]["bytes"])
+        if _sha256(paths["documents"]) != index["documents_sha256"]:
+            raise MemoryFormatError(f"{paths['documents']} is damaged: its SHA-256 differs from {INDEX}")
+        settings = _settings(index["settings"])
+        with open(paths["documents"], encoding="utf-8") as file:
+            documents = [json.loads(line)["text"] for line in file]
+        tensors = load_file(paths["vectors"])
+        _check_tensors(tensors, settings, len(documents))
+    except MemoryFormatError:
+        raise
+    except (KeyError, TypeError, ValueError, SafetensorError, RecursionError) as error:
+        raise MemoryFormatError(f"the memory in {directory} is damaged: {error!r}. Encode its documents again.") from error
+    return documents, tensors, settings, index["fingerprint"], index["metadata"]
+
+
+def _settings(stored: dict) -> MemorySettings:
+    stored = {name: stored[name] for name in (field.name for field in fields(MemorySettings))}
+    return MemorySettings(**{**stored, "router_layers": tuple(int(layer) for layer in stored["router_layers"])})
+
+
+def _check_tensors(tensors: dict, settings: MemorySettings, documents: int) -> None:
+    """Shapes must follow from the token counts, or a swapped file would give garbage."""
+    counts = tensors["token_counts"]
+    if counts.dtype != torch.int64 or counts.shape != (documents,) or (counts < 0).any():
+        raise MemoryFormatError(f"token_counts must be {documents} non-negative int64; got {counts.dtype} {counts.shape}")
+    width = settings.num_key_value_heads * settings.head_dim
+    for name, size in (("keys", "chunk_size"), ("values", "chunk_size"), ("router_keys", "router_chunk_size")):
+        chunk = getattr(settings, size)
+        expected = (int(((counts + chunk - 1) // chunk).sum()), width)
+        for layer in settings.router_layers:
+            shape = tuple(tensors[f"layers.{layer}.{name}"].shape)
+            if shape != expected:
+                raise MemoryFormatError(f"layers.{layer}.{name} must have shape {expected}; got {shape}")
+
+
+def _file_name(name: str) -> str:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise MemoryFormatError(f"files in {INDEX} must be plain file names; got {name!r}")
+    return name
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        raise MemoryFormatError(f"{path} must have {expected} bytes; got {size}: the file is missing or cut off")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+
+
+def _sha256_blocks(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,92 @@
+"""The packed training form of the reference: template head, documents, question and response in one row (paper section 3.3).
+
+`doc_ids` labels the tokens: documents 1..n, question 0, template -2, response and its marker -1. The row is unpacked into
+what the model runs anyway: documents as rows of their own, pooled into a bank with gradients, and one active row that reads
+it. Lengths of documents are free. Axis letters: B samples, T packed tokens, N documents of all samples.
+"""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from .cache_memory import MemoryReader
+from .memory_bank import LayerMemory, MemoryBank
+from .memory_encoding import DenseRecorder
+
+
+def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kwargs):
+    """Runs `MSAModel` on packed rows.
+
+    Args:
+        input_ids, doc_ids: [B, T]. attention_mask: [B, T], 0 = padding.
+        position_ids: [B, T] as written by the data set: from 0 in every document; used if `config.rewrite_positions`.
+
+    Returns:
+        MSAModelOutput with last_hidden_state [B, T, E] (0 at padding) and document_scores [B, n + 1], where column i
+        is document i of the sample and -inf where it has none (column 0 always).
+    """
+    if input_ids.shape != doc_ids.shape:
+        raise ValueError(f"doc_ids must have the shape of input_ids {tuple(input_ids.shape)}; got {tuple(doc_ids.shape)}")
+    batch, tokens = input_ids.shape
+    real = torch.ones_like(doc_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if position_ids is None or not model.config.rewrite_positions:
+        position_ids = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
+    documents = [(doc_ids[b] == i) & real[b] for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0]
+    owners = torch.tensor([b for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
+    numbers = torch.tensor([int(i) for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
+    if not documents:
+        raise ValueError("doc_ids must hold at least one document (a label of 1 or more); got none")
+    embeddings = model.embed_tokens(input_ids)
+
+    def rows(masks, samples):
+        parts = [(embeddings[b][mask], position_ids[b][mask]) for mask, b in zip(masks, samples)]
+        return [pad_sequence(list(part), batch_first=True) for part in zip(*parts)]
+
+    lengths = torch.stack([mask.sum() for mask in documents]).cpu()
+    recorder = DenseRecorder(model, lengths)
+    document_rows, document_positions = rows(documents, owners.tolist())
+    document_states = model.run_rows(document_rows, document_positions, recorder, full=True)
+    layers = {layer: LayerMemory(*recorder.vectors[layer]) for layer in model.config.router_layers}
+    bank = MemoryBank([""] * len(documents), lengths, model.config.memory_settings, layers)
+
+    active = [(doc_ids[b] < 1) & real[b] for b in range(batch)]
+    active_rows, active_positions = rows(active, range(batch))
+    active_lengths = torch.stack([mask.sum() for mask in active])
+    inside = torch.arange(active_rows.shape[1], device=input_ids.device) < active_lengths[:, None]
+    labels = pad_sequence([doc_ids[b][active[b]] for b in range(batch)], batch_first=True, padding_value=-1)
+    first_document = torch.stack([(doc_ids[b] > 0).float().argmax() for b in range(batch)])
+    places = pad_sequence([active[b].nonzero().squeeze(1) for b in range(batch)], batch_first=True)
+    visible = owners[None] == torch.arange(batch)[:, None]
+    outputs = model(
+        inputs_embeds=active_rows,
+        attention_mask=inside,
+        position_ids=active_positions,
+        use_cache=False,
+        memory=MemoryReader(bank, model.config, visible.to(input_ids.device)),
+        question_mask=(labels == 0) & inside,
+        memory_mask=places > first_document[:, None],
+        **kwargs,
+    )
+    states = torch.zeros_like(embeddings)
+    for row, (mask, b) in enumerate(zip(documents, owners.tolist())):
+        states = states.index_put((torch.tensor(b), mask.nonzero().squeeze(1)), document_states[row, : lengths[row]])
+    for b in range(batch):
+        states = states.index_put(
+            (torch.tensor(b), active[b].nonzero().squeeze(1)), outputs.last_hidden_state[b, : active_lengths[b]]
+        )
+    outputs.last_hidden_state = states
+    outputs.document_scores = {
+        layer: _by_number(scores, visible.to(scores.device), numbers.to(scores.device))
+        for layer, scores in outputs.document_scores.items()
+    }
+    outputs.selected_documents = {
+        layer: [numbers.to(ids.device)[ids] for ids in selected] for layer, selected in outputs.selected_documents.items()
+    }
+    return outputs
+
+
+def _by_number(scores: torch.Tensor, visible: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """[B, N] over all documents -> [B, n + 1] over the numbers that documents have inside their own sample."""
+    batch = scores.shape[0]
+    table = scores.new_full((batch, int(numbers.max()) + 1), -torch.inf)
+    rows, columns = visible.nonzero(as_tuple=True)
+    return table.index_put((rows, numbers[columns]), scores[rows, columns])
