@@ -21,12 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from .modeling.configuration_msa import MSAConfig
 from .modeling.errors import ConversionError
 from .modeling.modeling_msa import MSAForCausalLM
+from .training.adapter import SETTINGS_FILE, WEIGHTS_FILE, load_router
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FIELDS = "memory_config.json"
 _ROUTER_SEED = 0
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+_HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
+_HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -44,8 +45,8 @@ def convert(
     Args:
         source: folder of a checkpoint in safetensors, GGUF file, or Hub id.
         destination: folder to make; it must be absent or empty, and appears only when complete.
-        routers: folder of a router adapter (PEFT, as train-router writes it) to merge; the memory fields
-            that it was trained with become the checkpoint's.
+        routers: folder of a router adapter, as train-router writes it, to merge; the memory fields that it
+            was trained with become the checkpoint's.
         dtype: of the written weights; "auto" keeps the source's.
         revision: commit, tag or branch of a Hub id.
         memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size.
@@ -56,18 +57,18 @@ def convert(
     Raises:
         ConversionError: unsupported architecture, sliding window, missing or unsafe files, or a
             destination that exists.
-        ValueError: a memory field is out of range.
+        ValueError: a memory field is out of range, or the routers are another backbone's.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
-    folder, gguf_file = _locate(source, revision)
     if routers is not None:
-        memory_fields = {**_adapter_fields(Path(routers)), **memory_fields}
+        memory_fields |= _router_settings(Path(routers), memory_fields)
+    folder, gguf_file = _locate(source, revision)
     config = _memory_config(folder, gguf_file, memory_fields)
     model = _load_gguf(folder, gguf_file, config, dtype) if gguf_file else _load_folder(folder, config, dtype)
     if routers is not None:
-        model = _merge_routers(model, routers)
+        model = load_router(model, routers)
     tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
     _save(model, tokenizer, destination)
     if model.config.router_layers and not model.config.routers_trained:
@@ -99,7 +100,11 @@ def _download(repository: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(".gguf"):
         raise ConversionError(f"{repository} does not exist, and is not a Hub id either")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_SMALL_FILES))
+        _memory_config(folder, None, {})  # refuses what cannot be converted before the weights are fetched
+        return Path(snapshot_download(repository, revision=folder.name, allow_patterns=_HUB_WEIGHTS))
+    except ConversionError:
+        raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConversionError(
             f"{repository} is no local folder and cannot be had from the Hub ({type(error).__name__}): "
@@ -167,22 +172,19 @@ def _check_names(missing: list[str], unexpected: list[str]) -> None:
         )
 
 
-def _adapter_fields(routers: Path) -> dict[str, Any]:
-    """The fields of `MSAConfig` that a router adapter was trained with."""
-    for name in ("adapter_config.json", "adapter_model.safetensors", ADAPTER_FIELDS):
+def _router_settings(routers: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The memory fields that an adapter's routers were trained with, checked against those `given`."""
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
         if not (routers / name).is_file():
             raise ConversionError(f"{routers} is no router adapter: {name} is missing")
-    return json.loads((routers / ADAPTER_FIELDS).read_text(encoding="utf-8"))
-
-
-def _merge_routers(model: MSAForCausalLM, routers: str | os.PathLike) -> MSAForCausalLM:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConversionError("merging routers needs the peft package: pip install peft") from error
-    model = PeftModel.from_pretrained(model, str(routers)).merge_and_unload()
-    model.config.routers_trained = True
-    return model
+    settings = json.loads((routers / SETTINGS_FILE).read_text(encoding="utf-8"))
+    for name in settings.keys() & given.keys():
+        if given[name] != settings[name]:
+            raise ConversionError(
+                f"{name} must be {settings[name]}, which the routers in {routers} were trained with; "
+                f"got {given[name]}. Leave it out"
+            )
+    return settings
 
 
 def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path) -> None:

@@ -1,6 +1,7 @@
 """A converted model without memory is its backbone, to the token; what cannot be converted says so."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from msa_hf import MSAConfig, MSAForCausalLM, packages
-from msa_hf.conversion import ADAPTER_FIELDS, convert
+from msa_hf.conversion import convert
 from msa_hf.modeling.errors import ConversionError
+from msa_hf.training.adapter import save_router_adapter
 
 VARIANTS = {
     "llama": {},
@@ -173,37 +175,25 @@ def test_dtype_of_the_written_weights(tiny_tokenizer, tmp_path):
 
 
 def test_routers_of_an_adapter_are_merged(tiny_tokenizer, tmp_path):
-    """Its modules_to_save replace the routers, and its memory fields become the checkpoint's."""
-    from peft import LoraConfig, get_peft_model
-
+    """The adapter's routers and memory fields become the checkpoint's; the backbone stays as it was."""
     source = save(tiny_backbone("llama"), tiny_tokenizer, tmp_path / "source")
     fields = {**MEMORY, "query_reduction": "mean"}
-    plain = convert(source, tmp_path / "plain", **fields)
-    config = LoraConfig(
-        r=1, target_modules=["self_attn.o_proj"], modules_to_save=["router_q_proj", "router_k_proj"]
+    trained = AutoModelForCausalLM.from_pretrained(convert(source, tmp_path / "plain", **fields))
+    routers = {name: tensor.normal_() for name, tensor in trained.state_dict().items() if ".router_" in name}
+    save_router_adapter(trained, tmp_path / "adapter", dtype=torch.float32)
+    with pytest.raises(ConversionError, match=r"chunk_size must be 8"):
+        convert(source, tmp_path / "merged", routers=tmp_path / "adapter", chunk_size=16)
+    with pytest.raises(ConversionError, match="no router adapter"):
+        convert(source, tmp_path / "merged", routers=tmp_path / "plain")
+    folder = convert(
+        source, tmp_path / "merged", routers=tmp_path / "adapter", chunk_size=8, top_k_documents=5
     )
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(plain), config)
-    for name, parameter in adapted.named_parameters():
-        if "modules_to_save" in name:
-            parameter.data.normal_()
-    adapted.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ConversionError, match=ADAPTER_FIELDS):
-        convert(source, tmp_path / "merged", routers=tmp_path / "adapter")
-    (tmp_path / "adapter" / ADAPTER_FIELDS).write_text(json.dumps(fields))
-    merged = AutoModelForCausalLM.from_pretrained(
-        convert(source, tmp_path / "merged", routers=tmp_path / "adapter")
-    )
-    assert merged.config.routers_trained and merged.config.query_reduction == "mean"
-    state = merged.state_dict()
-    expected = {
-        name.replace("base_model.model.", "").replace("modules_to_save.default.", ""): tensor
-        for name, tensor in adapted.named_parameters()
-        if "modules_to_save" in name
-    }
-    assert len(expected) == 4 and all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    assert torch.equal(
-        state["model.embed_tokens.weight"], tiny_backbone("llama").state_dict()["model.embed_tokens.weight"]
-    )
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    assert merged.config.routers_trained and merged.config.top_k_documents == 5
+    assert all(getattr(merged.config, name) == value for name, value in fields.items())
+    state, backbone = merged.state_dict(), tiny_backbone("llama").state_dict()
+    assert len(routers) == 4 and state.keys() == backbone.keys() | routers.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in {**backbone, **routers}.items())
 
 
 def broken(folder, kind):
@@ -261,6 +251,28 @@ def test_what_cannot_be_converted_says_so_and_leaves_nothing(
     with pytest.raises(ConversionError, match=message):
         convert(source, tmp_path / "converted")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_hub_id_fetches_weights_only_of_what_can_be_converted(tiny_tokenizer, tmp_path, monkeypatch):
+    source = save(tiny_backbone("mistral"), tiny_tokenizer, tmp_path / "source")
+    commit = tmp_path / "snapshots" / "0123abc"
+
+    def hub(repository, revision, allow_patterns):
+        assert repository == "some/model" and revision in ("main", commit.name)
+        keep = {path for pattern in allow_patterns for path in source.glob(pattern)}
+        commit.mkdir(parents=True, exist_ok=True)
+        for path in keep:
+            shutil.copy(path, commit)
+        return str(commit)
+
+    monkeypatch.setattr("msa_hf.conversion.snapshot_download", hub)
+    folder = convert("some/model", tmp_path / "converted", revision="main", **MEMORY)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.backbone_type == "mistral"
+    shutil.rmtree(commit)
+    broken(source, "sliding window")
+    with pytest.raises(ConversionError, match="sliding_window"):
+        convert("some/model", tmp_path / "other", revision="main", **MEMORY)
+    assert commit.is_dir() and not list(commit.glob("*.safetensors"))
 
 
 def test_weights_of_another_shape_are_refused(tiny_tokenizer, tmp_path):

@@ -187,7 +187,7 @@ def unsafe(node):
         "yaml.unsafe_load",
     }:
         return f"call of {called}"
-    if called.endswith(("np.load", "numpy.load")) and any(k.arg == "allow_pickle" for k in node.keywords):
+    if any(k.arg == "allow_pickle" and ast.unparse(k.value) != "False" for k in node.keywords):
         return "numpy pickles"
     return None
 
