@@ -23,7 +23,7 @@ setup: $(READY)
 $(READY): $(REQUIREMENTS) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ rm -rf $(VENV); echo "python -m venv failed (on Debian: apt install python3-venv)" >&2; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check -r requirements/torch.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements/runtime.txt -r requirements/dev.txt
