@@ -23,6 +23,7 @@ CHOICES = {
     "aux_loss_method": ("INFONCE", "INFONCE_DECOUPLE", "INFONCE_FOCAL", "INFONCE_DECOUPLE_FOCAL", "BCE"),
     "retrieval": ("attention", "router", "generative"),
     "prompt_format": ("chat", "msa"),
+    "answer_style": ("chat", "examples"),
 }
 _BACKBONE_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
@@ -71,7 +72,8 @@ class MSAConfig(PreTrainedConfig):
         routers_trained (`bool`): False for a fresh conversion, whose routing is at chance.
         retrieval (`str`): what `generate(retrieval="auto")` means for this checkpoint.
         lexical_prior (`bool`): fuse the routers with BM25 by reciprocal rank when retrieving original text.
-        prompt_format (`str`): "chat" (the tokenizer's template) or "msa" (markers of MSA-4B, specs in `prompts_msa`).
+        prompt_format (`str`): "chat" (documents and questions as they are) or "msa" (markers of MSA-4B, see `prompts_msa`).
+        answer_style (`str`): how original text is put before the model: its "chat" template, or after worked "examples".
     """
 
     model_type = "memory_sparse_attention"
@@ -124,6 +126,7 @@ class MSAConfig(PreTrainedConfig):
     retrieval: str = "router"
     lexical_prior: bool = True
     prompt_format: str = "chat"
+    answer_style: str = "chat"
 
     aux_loss_method: str = "INFONCE_DECOUPLE"
     aux_temperature: float = 0.1

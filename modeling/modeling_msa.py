@@ -527,11 +527,21 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
     def _add(total: torch.Tensor | None, weight: float, loss: torch.Tensor) -> torch.Tensor:
         return weight * loss if total is None else total + weight * loss
 
+    def weights_key(self) -> tuple:
+        """Changes whenever a weight is replaced or written to; for caches of what the weights determine."""
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in self.parameters())
+
     def fingerprint(self) -> dict[str, str]:
         """Short hashes of the weights that a memory's vectors depend on: the backbone's and the routers' separately.
 
         Values are rounded to bfloat16 and sampled, so the same checkpoint loaded in another precision agrees.
         """
+        key = self.weights_key()
+        if getattr(self, "_fingerprint", (None,))[0] != key:
+            self._fingerprint = (key, self._hash_weights())
+        return dict(self._fingerprint[1])
+
+    def _hash_weights(self) -> dict[str, str]:
         parts = {"backbone": hashlib.sha256(), "routers": hashlib.sha256()}
         layers = self.config.router_layers[-1] + 1 if self.config.router_layers else 0
         modules = {"embed_tokens": self.model.embed_tokens, "layers": self.model.layers[:layers]}

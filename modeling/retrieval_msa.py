@@ -1,0 +1,103 @@
+"""From routing scores to ranked documents: the layers' consensus, its fusion with BM25, and what is reported.
+
+Axis letters: B questions, N documents.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+RECIPROCAL_RANK_OFFSET = 60  # Cormack, Clarke and Büttcher 2009
+MODES = ("fused", "router", "lexical")
+
+
+@dataclass(frozen=True)
+class RankedDocument:
+    """A document that retrieval chose.
+
+    Attributes:
+        id: number in the memory. score: what it was ranked by (fused, consensus or BM25).
+        router_rank: its rank (from 1) by the routers alone, whatever it was ranked by. consensus: its consensus score.
+        per_layer: score in each router layer. lexical: BM25 score, None without the lexical prior or a common word.
+    """
+
+    id: int
+    score: float
+    router_rank: int
+    consensus: float
+    per_layer: dict[int, float] = field(default_factory=dict)
+    lexical: float | None = None
+
+
+@dataclass(frozen=True)
+class RetrievalRound:
+    """One round of retrieval for one question.
+
+    Attributes:
+        query: the text that routed. documents: new documents of this round, best first.
+        selected: in attention retrieval, (document, score) best first by router layer.
+    """
+
+    query: str
+    documents: list[RankedDocument]
+    selected: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+
+
+def consensus(scores: dict[int, torch.Tensor], weights: list[float] | None) -> torch.Tensor:
+    """[B, N]: weighted sum over layers of each layer's scores [B, N], standardised over the documents of a question.
+
+    Documents without a score (-inf) stay at -inf.
+    """
+    total = 0.0
+    for weight, (_, layer) in zip(weights or [1.0] * len(scores), sorted(scores.items())):
+        known = layer > -torch.inf
+        count = known.sum(1, keepdim=True).clamp(min=1)
+        values = layer.masked_fill(~known, 0.0)
+        mean = values.sum(1, keepdim=True) / count
+        deviation = (values - mean).masked_fill(~known, 0.0).square().sum(1, keepdim=True).div(count).sqrt()
+        total = total + weight * ((layer - mean) / deviation.clamp(min=1e-6))
+    return total
+
+
+def rank(router: torch.Tensor, lexical: dict[int, float] | None, mode: str) -> list[tuple[int, float]]:
+    """(document, score) best first, equal scores by number, for one question.
+
+    Args:
+        router: [N] consensus. lexical: BM25 by document. mode: "fused" (reciprocal ranks of both), "router" or "lexical".
+    """
+    if mode == "lexical":
+        return sorted(lexical.items(), key=lambda item: (-item[1], item[0]))
+    order = [i for i in router.argsort(descending=True, stable=True).tolist() if router[i] > -torch.inf]
+    if mode == "router":
+        return [(i, float(router[i])) for i in order]
+    fused: dict[int, float] = {}
+    words = [i for i, _ in sorted(lexical.items(), key=lambda item: (-item[1], item[0]))]
+    for ranking in (order, words):
+        for position, i in enumerate(ranking, start=1):
+            fused[i] = fused.get(i, 0.0) + 1.0 / (RECIPROCAL_RANK_OFFSET + position)
+    return sorted(fused.items(), key=lambda item: (-item[1], item[0]))
+
+
+def ranked_documents(
+    scores: dict[int, torch.Tensor],
+    row: int,
+    weights: list[float] | None,
+    lexical: dict[int, float] | None,
+    k: int,
+    mode: str,
+) -> list[RankedDocument]:
+    """The k best documents of question `row` with everything that is known about them."""
+    router = consensus({layer: layer_scores[row : row + 1] for layer, layer_scores in scores.items()}, weights)[0]
+    ranks = torch.empty(len(router), dtype=torch.int64)
+    ranks[router.argsort(descending=True, stable=True).cpu()] = torch.arange(1, len(router) + 1)
+    return [
+        RankedDocument(
+            id=i,
+            score=score,
+            router_rank=int(ranks[i]),
+            consensus=float(router[i]),
+            per_layer={layer: float(layer_scores[row, i]) for layer, layer_scores in scores.items()},
+            lexical=None if lexical is None else lexical.get(i),
+        )
+        for i, score in rank(router, lexical, mode)[:k]
+    ]
