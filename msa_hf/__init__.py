@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 class _CheckoutFinder:
     """Lets a checkout that was not installed import msa_hf.kernels, msa_hf.modeling and msa_hf.configs.
 
-    setup.py maps these names to folders beside msa_hf/; an installed package never gets here.
+    setup.py maps these names to folders beside msa_hf/; an installed package never gets here. First in line,
+    so that the packages of one checkout stay together where another checkout is installed editable.
     """
 
     root = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ class _CheckoutFinder:
 
 
 if (_CheckoutFinder.root / "setup.py").is_file() and _CheckoutFinder not in sys.meta_path:
-    sys.meta_path.append(_CheckoutFinder)
+    sys.meta_path.insert(0, _CheckoutFinder)
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 

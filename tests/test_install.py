@@ -57,25 +57,29 @@ def source(tmp_path_factory):
     return target
 
 
-@pytest.fixture(scope="session")
-def checkout(source):
-    """What the copy offers when it is not installed: [offers, origins, top-level names]."""
-    return probe(sys.executable, source)
-
-
-@pytest.fixture
-def python(tmp_path):
+def new_environment(folder):
     """Python of a new environment that sees the packages of this one, except msa_hf, without any download."""
-    venv.create(tmp_path / "environment", with_pip=False)
-    python = tmp_path / "environment" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    venv.create(folder / "environment", with_pip=False)
+    python = folder / "environment" / ("Scripts" if os.name == "nt" else "bin") / "python"
     site = Path(run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).strip())
-    borrowed = tmp_path / "borrowed"
+    borrowed = folder / "borrowed"
     borrowed.mkdir()
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         if "msa_hf" not in entry.name and entry.name not in ("__pycache__", "kernels"):
             (borrowed / entry.name).symlink_to(entry)
     (site / "borrowed.pth").write_text(str(borrowed))
     return python
+
+
+@pytest.fixture
+def python(tmp_path):
+    return new_environment(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def checkout(source, tmp_path_factory):
+    """What the copy offers where it is not installed: [offers, origins, top-level names]."""
+    return probe(new_environment(tmp_path_factory.mktemp("bare")), source)
 
 
 def test_wheel_offers_what_the_checkout_offers(source, checkout, python, tmp_path):
@@ -94,7 +98,9 @@ def test_editable_install_offers_what_the_checkout_offers(source, checkout, pyth
     assert offers == checkout[0]
     assert top_level == []
     assert origins == checkout[1]
-    assert probe(python, source)[0] == offers
+    assert probe(python, source)[:2] == [offers, origins]
+    # Run from another checkout, all of its packages come from there.
+    assert all(Path(origin).is_relative_to(ROOT) for origin in probe(python, ROOT)[1])
 
 
 def test_hugging_face_kernels_wins_over_our_folder(tmp_path):
