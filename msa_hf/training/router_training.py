@@ -1,0 +1,347 @@
+"""Router training on a frozen backbone: encode once, train each layer, weigh the layers, save an adapter.
+
+With a frozen backbone the layers' auxiliary losses share no parameter, so each layer is trained by itself and
+only one layer's states are in memory. Axis letters: B questions, N documents.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from .adapter import router_weights, save_router_adapter
+from .features import RouterFeatures, encode_features
+from .layer_router import DocumentBatch, LayerRouter, contrastive_loss, whitening
+from .pairs import RouterPair
+from .recall import consensus_weights, document_ranks, recall_figures
+
+logger = logging.get_logger(__name__)
+_SCORE_BLOCK = 20_000  # chunks scored at once against the held-out questions
+
+
+@dataclass(frozen=True)
+class RouterTrainingConfig:
+    """How routers are trained.
+
+    Attributes:
+        steps: optimiser steps per router layer.
+        batch_size: questions per step; the documents of all of them are each other's negatives.
+        learning_rate: peak, of AdamW on whitened coordinates; linear warm-up, then cosine decay.
+        temperature: tau of the contrastive loss.
+        hard_negatives: documents per question and step, drawn from the highest ranked that are not positive.
+        mining_depth: how many such documents are kept per question; mined anew at the start of each round
+            after the first, which has none.
+        mining_rounds: number of equal parts of `steps`; 1 means no mining.
+        held_out: questions kept for choosing the best step and the layers' weights; at most a quarter of all.
+        eval_every: steps between two evaluations on them.
+        patience: evaluations without a better recall@16 after which a layer stops.
+        consensus: "uniform" layer weights, or "learned" on the held-out questions.
+        seed: of the split, the initial weights and the order of questions.
+        dtype: of the saved weights, "bfloat16" or "float32".
+    """
+
+    steps: int = 600
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    temperature: float = 0.02
+    hard_negatives: int = 4
+    mining_depth: int = 30
+    mining_rounds: int = 2
+    held_out: int = 250
+    eval_every: int = 100
+    patience: int = 4
+    consensus: str = "learned"
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "mining_depth",
+            "mining_rounds",
+            "held_out",
+            "eval_every",
+            "patience",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        if self.hard_negatives < 0:
+            raise ValueError(f"hard_negatives must be at least 0; got {self.hard_negatives}")
+        if self.consensus not in ("uniform", "learned"):
+            raise ValueError(f"consensus must be uniform or learned; got {self.consensus!r}")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be bfloat16 or float32; got {self.dtype!r}")
+
+
+@dataclass
+class RouterTrainingResult:
+    """Figures (`recall.recall_figures`) on the held-out questions by router layer, and of their consensus."""
+
+    layers: dict[int, dict[str, float]]
+    consensus: dict[str, float]
+    consensus_weights: list[float]
+    seconds: float
+
+
+@dataclass
+class _Questions:
+    """Questions and documents as indices: positives and negatives are document ids of each question."""
+
+    questions: list[str]
+    documents: list[str]
+    positives: list[np.ndarray]
+    negatives: list[np.ndarray]
+    train: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    held_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+def train_router(
+    model,
+    tokenizer,
+    pairs: list[RouterPair],
+    config: RouterTrainingConfig,
+    output_dir: str | Path,
+    features_dir: str | Path | None = None,
+    batch_tokens: int = 4096,
+    progress: bool = False,
+) -> RouterTrainingResult:
+    """Trains all routers of `model` in place and saves them as a PEFT adapter (see `adapter`).
+
+    Args:
+        model: `MSAForCausalLM`; its `router_layers`, `router_chunk_size`, reductions and normalisation
+            are what is trained for. Its backbone is not changed.
+        output_dir: receives the adapter, `training.jsonl` (a line per evaluation) and `training.json`
+            (settings, figures).
+        features_dir: where the backbone's states are kept for later runs; `output_dir`/features by default.
+        batch_tokens: padded tokens per batch while encoding.
+
+    Raises:
+        ValueError: bad settings, or too few pairs to train and hold out questions.
+    """
+    started, output_dir = time.perf_counter(), Path(output_dir)
+    data = _index(pairs, config)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    features = encode_features(
+        model,
+        tokenizer,
+        data.questions,
+        data.documents,
+        features_dir or output_dir / "features",
+        batch_tokens,
+        progress,
+    )
+    encoded = time.perf_counter() - started
+    figures, scores = {}, []
+    with open(output_dir / "training.jsonl", "w", encoding="utf-8") as log:
+
+        def record(**fields) -> None:
+            log.write(json.dumps(fields) + "\n")
+            log.flush()
+            logger.info(f"{fields}")
+
+        record(
+            questions=len(data.questions), documents=len(data.documents), encoding_seconds=round(encoded, 1)
+        )
+        bar = logging.tqdm(
+            total=config.steps * len(features.chunks), desc="training routers", disable=not progress
+        )
+        with bar:
+            for layer in features.chunks:
+                trainer = _LayerTrainer(model.config, layer, features, data, config)
+                figures[layer], layer_scores = trainer.run(record, bar.update)
+                scores.append(layer_scores)
+                _write_weights(model, layer, trainer.router)
+        positives = [data.positives[index] for index in data.held_out]
+        weights = (
+            consensus_weights(scores, positives) if config.consensus == "learned" else [1.0] * len(scores)
+        )
+        together = recall_figures(document_ranks(scores, weights), positives)
+        record(consensus_weights=weights, **together)
+    model.config.consensus_weights = weights
+    model.config.routers_trained = True
+    save_router_adapter(model, output_dir, getattr(torch, config.dtype))
+    result = RouterTrainingResult(figures, together, weights, round(time.perf_counter() - started, 1))
+    (output_dir / "training.json").write_text(
+        json.dumps({"config": asdict(config), "result": asdict(result)}, indent=2) + "\n", encoding="utf-8"
+    )
+    return result
+
+
+class _LayerTrainer:
+    """One router layer: its whitened states in memory, its weights, its optimiser."""
+
+    def __init__(
+        self,
+        model_config,
+        layer: int,
+        features: RouterFeatures,
+        data: _Questions,
+        config: RouterTrainingConfig,
+    ):
+        self.layer, self.features, self.data, self.config = layer, features, data, config
+        self.router = LayerRouter(model_config, whitening(features.chunks[layer], config.seed), config.seed)
+        self.chunks = self._whiten(features.chunks[layer])
+        self.tokens = self._whiten(features.tokens[layer])
+        self.corpus = DocumentBatch.of(np.arange(len(features.documents)), features.chunk_offsets)
+        self.random = np.random.default_rng(config.seed)
+        self.hard: dict[int, np.ndarray] = {}
+
+    def run(self, record: Callable, advance: Callable) -> tuple[dict[str, float], torch.Tensor]:
+        """Leaves the best weights in `router`; returns their figures and scores on the held-out questions."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.router.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        round_steps = -(-config.steps // config.mining_rounds)
+        best, losses, stale, started = None, [], 0, time.perf_counter()
+        queue: list[int] = []
+        for step in range(config.steps + 1):
+            if step % config.eval_every == 0 or step == config.steps:
+                figures, scores = self.evaluate()
+                loss = round(float(np.mean(losses)), 4) if losses else None
+                losses.clear()
+                record(
+                    layer=self.layer,
+                    step=step,
+                    loss=loss,
+                    seconds=round(time.perf_counter() - started, 1),
+                    **figures,
+                )
+                merit = (figures["recall@16"], figures["mrr"])
+                if best is None or merit > best[0]:
+                    state = {name: value.clone() for name, value in self.router.state_dict().items()}
+                    best, stale = (merit, figures, scores, state), 0
+                else:
+                    stale += 1
+                if stale >= config.patience:
+                    advance(config.steps - step)
+                    break
+            if step == config.steps:
+                break
+            if step and step % round_steps == 0 and config.hard_negatives:
+                self._mine()
+            if len(queue) < config.batch_size:
+                queue = self.random.permutation(self.data.train).tolist()
+            batch, queue = queue[: config.batch_size], queue[config.batch_size :]
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * _schedule(step, config.steps)
+            loss = self._loss(np.array(batch))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            advance(1)
+        _, figures, scores, state = best
+        self.router.load_state_dict(state)
+        return figures, scores
+
+    def evaluate(self) -> tuple[dict[str, float], torch.Tensor]:
+        scores = self._score_corpus(self.data.held_out)
+        positives = [self.data.positives[index] for index in self.data.held_out]
+        return recall_figures(document_ranks([scores], [1.0]), positives), scores
+
+    def _loss(self, batch: np.ndarray) -> torch.Tensor:
+        data, parts = self.data, []
+        for index in batch:
+            parts += [data.positives[index], data.negatives[index]]
+            if (found := self.hard.get(int(index))) is not None:
+                parts.append(
+                    self.random.choice(found, min(self.config.hard_negatives, len(found)), replace=False)
+                )
+        documents = DocumentBatch.of(np.unique(np.concatenate(parts)), self.features.chunk_offsets)
+        self.router.train()
+        scores = self.router.scores(
+            self.chunks[torch.from_numpy(documents.rows)], documents, *self._question_states(batch)
+        )
+        positives = torch.from_numpy(
+            np.stack([np.isin(documents.documents, data.positives[index]) for index in batch])
+        )
+        return contrastive_loss(scores, positives, self.config.temperature)
+
+    @torch.no_grad()
+    def _mine(self) -> None:
+        """For every training question, the best-ranked documents that are not positive."""
+        depth = min(self.config.mining_depth, len(self.features.documents) - 1)
+        for batch in np.array_split(self.data.train, -(-len(self.data.train) // 128)):
+            for index, row in zip(batch, self._score_corpus(batch)):
+                row[torch.from_numpy(self.data.positives[index])] = -torch.inf
+                keep = int(torch.isfinite(row).sum())
+                self.hard[int(index)] = row.topk(min(depth, keep)).indices.numpy()
+
+    @torch.no_grad()
+    def _score_corpus(self, questions: np.ndarray) -> torch.Tensor:
+        """[B, N] scores of all documents, computed block by block."""
+        self.router.eval()
+        states = self._question_states(questions)
+        scores = torch.empty(len(questions), len(self.features.documents))
+        start = row = 0
+        for size, number in self.corpus.groups:
+            while number:
+                take = min(number, max(1, _SCORE_BLOCK // size))
+                rows = self.corpus.rows[row : row + take * size]
+                documents = self.corpus.documents[start : start + take]
+                block = DocumentBatch(documents, rows, [(size, take)])
+                scores[:, documents] = self.router.scores(self.chunks[torch.from_numpy(rows)], block, *states)
+                start, row, number = start + take, row + take * size, number - take
+        return scores
+
+    def _question_states(self, questions: np.ndarray) -> tuple[torch.Tensor, list[int]]:
+        offsets = self.features.question_offsets
+        lengths = (offsets[questions + 1] - offsets[questions]).tolist()
+        return torch.cat([self.tokens[offsets[index] : offsets[index + 1]] for index in questions]), lengths
+
+    def _whiten(self, states: np.ndarray) -> torch.Tensor:
+        """Whitened copy in bfloat16, built in portions."""
+        out = torch.empty(states.shape, dtype=torch.bfloat16)
+        for start in range(0, len(states), 16_384):
+            portion = torch.from_numpy(np.asarray(states[start : start + 16_384], dtype=np.float32))
+            out[start : start + len(portion)] = portion @ self.router.white.T
+        return out
+
+
+def _index(pairs: list[RouterPair], config: RouterTrainingConfig) -> _Questions:
+    held_out = min(config.held_out, len(pairs) // 4)
+    if not held_out or len(pairs) - held_out < 2:
+        raise ValueError(
+            f"pairs must hold at least 4 questions to train on some and hold out others; got {len(pairs)}"
+        )
+    ids: dict[str, int] = {}
+
+    def number(texts) -> np.ndarray:
+        return np.array([ids.setdefault(text, len(ids)) for text in texts], dtype=np.int64)
+
+    positives = [number(pair.positives) for pair in pairs]
+    negatives = [number(pair.negatives) for pair in pairs]
+    if len(ids) < 2:
+        raise ValueError("pairs must name at least two different documents")
+    order = np.random.default_rng(config.seed).permutation(len(pairs))
+    return _Questions(
+        questions=[pair.question for pair in pairs],
+        documents=list(ids),
+        positives=positives,
+        negatives=negatives,
+        train=np.sort(order[held_out:]),
+        held_out=np.sort(order[:held_out]),
+    )
+
+
+def _schedule(step: int, steps: int) -> float:
+    warm_up = min(20, max(1, steps // 10))
+    return min(1.0, (step + 1) / warm_up) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def _write_weights(model, layer: int, router: LayerRouter) -> None:
+    prefix, weights = f"model.layers.{layer}.self_attn.", router_weights(model)
+    for name, value in zip(("router_q_proj", "router_k_proj"), router.weights()):
+        weights[f"{prefix}{name}.0.weight"].copy_(value)
