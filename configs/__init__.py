@@ -1,7 +1,8 @@
-"""Presets as JSON files, by folder (`models/`, `training/`, `evaluation/`), and trained routers."""
+"""Presets as JSON files by folder (`models/`, `training/`, `evaluation/`); trained routers in `routers/`."""
 
 import json
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 
@@ -18,3 +19,8 @@ def preset(group: str, name: str) -> dict[str, Any]:
     if name not in presets(group):
         raise ValueError(f"no preset {name!r} in {group!r}: choose one of {', '.join(presets(group))}")
     return json.loads((files(__name__) / group / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def routers_folder(name: str) -> Path:
+    """Folder of a router adapter that this package ships, such as "smollm2-135m"; it need not exist."""
+    return Path(str(files(__name__) / "routers" / name))

