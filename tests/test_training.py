@@ -312,3 +312,23 @@ def test_consensus_weights_favour_the_better_layer():
     weights = consensus_weights([noise, good], positives)
     assert weights[1] > 4 * weights[0] >= 0 and sum(weights) == pytest.approx(2, abs=1e-3)
     assert recall_figures(document_ranks([noise, good], weights), positives)["recall@16"] > 0.95
+
+
+def test_lora_and_routers_train_together_and_round_trip(trained, pairs, tokenizer, tmp_path):
+    peft = pytest.importorskip("peft")
+    from msa_hf.training.lora_training import LoraTrainingConfig, train_lora
+
+    model = load_router(tiny_model(len(tokenizer)), trained[2])
+    questions, documents = [pair.question for pair in pairs[:3]], [pair.positives[0] for pair in pairs[:12]]
+    before = routing_scores(model, tokenizer, questions, documents)
+    config = LoraTrainingConfig(rank=4, steps=30, batch_size=8, learning_rate=5e-3, log_every=10)
+    wrapped = train_lora(model, tokenizer, pairs[:40], config, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "lora.jsonl").read_text().splitlines()[1:]]
+    assert losses[-1] < losses[0]
+    after = routing_scores(wrapped.get_base_model(), tokenizer, questions, documents)
+    assert torch.isfinite(after[2]).all() and not torch.allclose(after[2], before[2], atol=1e-3)
+    again = peft.PeftModel.from_pretrained(tiny_model(len(tokenizer)), str(tmp_path)).get_base_model()
+    assert torch.equal(routing_scores(again, tokenizer, questions, documents)[2], after[2])
+    merged = load_router(tiny_model(len(tokenizer)), tmp_path)
+    assert torch.allclose(routing_scores(merged, tokenizer, questions, documents)[2], after[2], atol=1e-4)
+    assert merged.config.routers_trained and not any("lora" in name for name in merged.state_dict())

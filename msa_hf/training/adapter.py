@@ -41,31 +41,24 @@ def router_peft_config(model, lora_rank: int = 0, lora_alpha: int | None = None)
     )
 
 
-def save_router_adapter(
-    model,
-    folder: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    extra: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes the routers of `model` and its routing settings as a PEFT adapter.
-
-    Args:
-        dtype: of the saved weights.
-        extra: LoRA weights by PEFT's names; the folder must then hold their adapter_config.json already.
-    """
+def save_router_adapter(model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Writes the routers of `model`, in `dtype`, and its routing settings as a PEFT adapter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if extra is None:
-        config = router_peft_config(model)
-        config.inference_mode = True
-        config.base_model_name_or_path = None
-        config.save_pretrained(folder)
+    config = router_peft_config(model)
+    config.inference_mode = True
+    config.save_pretrained(folder)
     tensors = {
         f"{PREFIX}{name}": weight.detach().to("cpu", dtype).contiguous()
         for name, weight in router_weights(model).items()
     }
-    save_file({**tensors, **(extra or {})}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    settings = {name: getattr(model.config, name) for name in SETTINGS}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_settings(model.config, folder)
+
+
+def write_settings(config, folder: Path) -> None:
+    """Writes the routing settings that go with an adapter's weights."""
+    settings = {name: getattr(config, name) for name in SETTINGS}
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
