@@ -10,9 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from backbones import BACKBONES
+from tiny_models import tiny_model
 
-import msa_hf  # noqa: F401
-from msa_hf.evaluation import answers, cached_memory, cost, hotpotqa, metrics, retrieval, sentence_encoder
+from msa_hf.evaluation import (
+    answers,
+    cached_memory,
+    cost,
+    hotpotqa,
+    metrics,
+    peak_memory,
+    retrieval,
+    sentence_encoder,
+)
 from msa_hf.modeling.lexical import LexicalIndex
 
 
@@ -211,7 +221,7 @@ class StandInModel:
         orders = (self.layer_scores(layer, q).argsort(descending=True)[:k].tolist() for q in questions)
         return [[SimpleNamespace(id=i) for i in order] for order in orders]
 
-    def answer_from(self, questions, documents, tokenizer, max_new_tokens=16):
+    def answer(self, documents):
         found = [re.search(r"near (\w+)", " ".join(texts)) for texts in documents]
         return [match.group(1) if match else "unknown" for match in found]
 
@@ -220,8 +230,8 @@ class StandInModel:
         chosen = [list(self.benchmark.gold[i][:1]) if i % 2 == 0 else [] for i in input_ids.tolist()]
         texts = [[memory.documents[i] for i in row] for row in chosen]
         return SimpleNamespace(
-            answers=self.answer_from(None, texts, tokenizer),
-            rounds=[[SimpleNamespace(documents=row)] for row in chosen],
+            answers=self.answer(texts),
+            rounds=[[SimpleNamespace(documents=[SimpleNamespace(id=i)]) for i in row] for row in chosen],
         )
 
 
@@ -283,7 +293,12 @@ def test_retrieval_plot_is_written(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_measure_the_way_from_closed_book_to_gold():
+def test_answers_measure_the_way_from_closed_book_to_gold(monkeypatch):
+    def answer_from(model, questions, documents, tokenizer, max_new_tokens):
+        assert len(questions) == len(documents)
+        return None, model.answer(documents)
+
+    monkeypatch.setattr(answers, "answer_from", answer_from)
     benchmark = small_benchmark(6)
     model, tokenizer = StandInModel(benchmark), NumberingTokenizer(benchmark)
     report = answers.evaluate_answers(
@@ -323,3 +338,105 @@ def test_alternating_timer_runs_each_function_equally_often():
     assert cost.Timing.of([3.0, 1.0, 2.0]) == cost.Timing(2.0, 1.0, 3.0, 3)
     with pytest.raises(ValueError, match="repetitions must be >= 1"):
         cost.alternate([], 0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_tokenizer):
+    return tiny_model(answer_style="chat"), tiny_tokenizer
+
+
+def test_retrieval_of_a_real_model_caches_its_memory(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    benchmark = small_benchmark(8)
+    report = retrieval.evaluate_retrieval(
+        model, tokenizer, benchmark, with_encoder=False, cache_dir=tmp_path, question_batch=3
+    )
+    assert report.tokens == sum(len(text.encode()) for text in benchmark.documents)
+    assert report.router_layers == [1, 2]
+    memory = model.encode_memory(list(benchmark.documents), tokenizer)
+    scores = model.route_questions(list(benchmark.questions), memory, tokenizer=tokenizer)
+    for layer in (1, 2):
+        expected = metrics.recall_at(
+            scores[layer].argsort(dim=1, descending=True).tolist(), benchmark.gold, 4
+        )
+        assert report.system(f"layer {layer}").metrics["recall@4"].mean == pytest.approx(expected.mean())
+    ranked = model.rank_documents(list(benchmark.questions), memory, k=16, mode="router", tokenizer=tokenizer)
+    expected = metrics.reciprocal_rank([[document.id for document in row] for row in ranked], benchmark.gold)
+    assert report.system("routers").metrics["MRR"].mean == pytest.approx(expected.mean())
+
+    monkeypatch.setattr(type(model), "encode_memory", None)  # a second run must not encode
+    again = retrieval.evaluate_retrieval(model, tokenizer, benchmark, with_encoder=False, cache_dir=tmp_path)
+    assert [system.metrics for system in again.systems] == [system.metrics for system in report.systems]
+
+
+def test_damaged_cached_memory_is_encoded_again(tiny, tmp_path):
+    model, tokenizer = tiny
+    texts = list(small_benchmark(2).documents)
+    first = cached_memory.benchmark_memory(model, tokenizer, texts, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    for file in folder.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-7])
+    again = cached_memory.benchmark_memory(model, tokenizer, texts, tmp_path)
+    assert torch.equal(again.layers[1].keys.data, first.layers[1].keys.data)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_answers_of_a_real_model_share_prompt_and_decoding(tiny):
+    model, tokenizer = tiny
+    benchmark = small_benchmark(4)
+    memory = model.encode_memory(list(benchmark.documents), tokenizer)
+    report = answers.evaluate_answers(
+        model, tokenizer, benchmark, memory, questions=3, max_new_tokens=4, question_batch=2, mode="lexical"
+    )
+    for answer in report.answers["memory"]:
+        texts = [benchmark.documents[i] for i in answer.documents]
+        alone = answers.answer_from(model, [answer.question], [texts], tokenizer, max_new_tokens=4)[1]
+        assert texts and [answer.answer] == alone
+    assert report.documents_read == np.mean([len(a.documents) for a in report.answers["memory"]])
+    assert "memory" in answers.render(report)
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_cost_compares_with_the_very_backbone(kind, tiny_tokenizer):
+    model = tiny_model(kind)
+    plain = cost.plain_backbone(model)
+    assert plain.config.model_type == kind
+    assert plain.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    report = cost.evaluate_cost(
+        model, tiny_tokenizer, small_benchmark(3).documents, question="Where is it?", repetitions=2
+    )
+    assert report.logits_error <= 1e-5 and report.bank_error <= 1e-4 and report.process is None
+    assert report.encoding_ratio == report.backbone.median / report.encoding.median
+    assert report.prompt_tokens == len("Where is it?")
+    layers, width = 2, 2 * 8 * 4  # of G * D float32
+    chunks = sum(-(-len(text) // 8) * 2 + -(-len(text) // 4) for text in small_benchmark(3).documents)
+    assert report.bank_bytes_per_token == pytest.approx(layers * width * chunks / report.memory_tokens)
+    assert "ratio of speeds" in cost.render(report)
+
+
+def test_cost_refuses_wrong_results(tiny):
+    model, tokenizer = tiny
+    plain = cost.plain_backbone(model)
+    bank = model.encode_memory(list(small_benchmark(2).documents), tokenizer)
+    bank.layers[2].values.data = bank.layers[2].values.data * 1.01
+    with pytest.raises(RuntimeError, match="bank differs"):
+        cost.check_bank(bank, plain.model, tokenizer)
+    with torch.no_grad():
+        plain.model.norm.weight = torch.nn.Parameter(plain.model.norm.weight * 1.01)
+    with pytest.raises(RuntimeError, match="logits differ"):
+        cost.check_logits(model, plain, tokenizer, "some text")
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(tiny, tmp_path):
+    model, tokenizer = tiny
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ballast = torch.ones(80_000_000)  # 320 MB that the other process must not report
+    texts = list(small_benchmark(3).documents)
+    measured = peak_memory.measure_encoding(tmp_path, texts, dtype="float32")
+    assert measured.tokens == sum(map(len, texts)) and measured.bank_bytes > 0
+    assert 50e6 < measured.loaded_bytes <= measured.peak_bytes
+    assert peak_memory.peak_resident_bytes() > ballast.nbytes
+    assert measured.peak_bytes < peak_memory.peak_resident_bytes() - ballast.nbytes // 2
+    with pytest.raises(RuntimeError, match="process of its own failed"):
+        peak_memory.measure_encoding(tmp_path / "absent", texts)

@@ -18,6 +18,7 @@ from msa_hf.evaluation.cached_memory import benchmark_memory
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.hotpotqa import HotpotQA
 from msa_hf.evaluation.metrics import Estimate
+from msa_hf.modeling.interleave_msa import answer_from
 
 CLOSED_BOOK, MEMORY, GOLD = "closed book", "memory", "gold given"
 
@@ -64,6 +65,7 @@ def evaluate_answers(
     questions: int | None = 200,
     max_new_tokens: int = 16,
     question_batch: int = 8,
+    mode: str | None = None,
     cache_dir: str | Path | None = None,
     batch_tokens: int = 8192,
     progress: bool = False,
@@ -71,7 +73,8 @@ def evaluate_answers(
     """Answers the first `questions` questions (None: all) in the three settings, greedily.
 
     `memory` is the MemoryBank of ALL the benchmark's documents; None encodes them, or reads the bank that an
-    earlier run left in `cache_dir`. Raises ValueError if it holds other documents.
+    earlier run left in `cache_dir`. `mode` ranks its documents: "router", "lexical" or "fused" (None: the
+    model's default). Raises ValueError if it holds other documents.
     """
     if memory is None:
         memory = benchmark_memory(model, tokenizer, benchmark.documents, cache_dir, batch_tokens, progress)
@@ -81,18 +84,18 @@ def evaluate_answers(
         )
     asked = benchmark.first(questions)
 
-    def given(documents: list[list[int]]) -> list[str]:
-        texts = [[benchmark.documents[i] for i in row] for row in documents]
-        return model.answer_from(list(asked.questions), texts, tokenizer, max_new_tokens=max_new_tokens)
+    def given(documents: list[list[int]]) -> tuple[list[str], list[list[int]]]:
+        texts = answer_given(model, tokenizer, asked, documents, max_new_tokens, question_batch)
+        return texts, documents
 
     def remembered() -> tuple[list[str], list[list[int]]]:
-        return ask_memory(model, tokenizer, asked.questions, memory, max_new_tokens, question_batch)
+        return ask_memory(model, tokenizer, asked.questions, memory, max_new_tokens, question_batch, mode)
 
     nothing, gold = [[] for _ in asked.questions], [list(row) for row in asked.gold]
     runs: dict[str, Callable[[], tuple[list[str], list[list[int]]]]] = {
-        CLOSED_BOOK: lambda: (given(nothing), nothing),
+        CLOSED_BOOK: lambda: given(nothing),
         MEMORY: remembered,
-        GOLD: lambda: (given(gold), gold),
+        GOLD: lambda: given(gold),
     }
     answers, seconds = {}, {}
     for name, run in runs.items():
@@ -114,10 +117,35 @@ def evaluate_answers(
     )
 
 
+def answer_given(
+    model: Any,
+    tokenizer: Any,
+    benchmark: HotpotQA,
+    documents: list[list[int]],
+    max_new_tokens: int,
+    size: int,
+) -> list[str]:
+    """Answers from given documents (indices, best first), with the prompt and decoding that memory uses."""
+    texts = [[benchmark.documents[i] for i in row] for row in documents]
+    answers: list[str] = []
+    for start in range(0, len(benchmark), size):
+        batch = slice(start, start + size)
+        questions = list(benchmark.questions[batch])
+        _, found = answer_from(model, questions, texts[batch], tokenizer, max_new_tokens=max_new_tokens)
+        answers.extend(found)
+    return answers
+
+
 def ask_memory(
-    model: Any, tokenizer: Any, questions: tuple[str, ...], memory: Any, max_new_tokens: int, size: int
+    model: Any,
+    tokenizer: Any,
+    questions: tuple[str, ...],
+    memory: Any,
+    max_new_tokens: int,
+    size: int,
+    mode: str | None = None,
 ) -> tuple[list[str], list[list[int]]]:
-    """Answers by router-directed interleave, and the documents of the last round per question, best first."""
+    """Answers by router-directed interleave, and the documents that the prompts held, first found first."""
     texts: list[str] = []
     used: list[list[int]] = []
     for start in range(0, len(questions), size):
@@ -130,12 +158,13 @@ def ask_memory(
             memory=memory,
             tokenizer=tokenizer,
             retrieval="router",
+            mode=mode,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
         )
         texts.extend(out.answers)
-        used.extend(list(rounds[-1].documents) if rounds else [] for rounds in out.rounds)
+        used.extend([document.id for turn in rounds for document in turn.documents] for rounds in out.rounds)
     return texts, used
 
 
