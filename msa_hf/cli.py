@@ -1,0 +1,257 @@
+"""The msa-hf command: convert, ingest, ask, train-router, eval.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 an error with one
+line that says what to do, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from . import __version__, commands
+from .modeling.errors import MSAError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SUITES = {
+    "retrieval": "recall of routers, BM25, both fused, and a sentence encoder",
+    "answers": "exact match and F1: closed book, from memory, with the gold paragraphs given",
+    "cost": "encoding speed, time to first token, peak memory, bytes per token",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    handler = _log_to_stderr(logging.INFO if options.verbose else logging.WARNING)
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python's own flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MSAError, OSError, ValueError) as error:
+        if options.debug:
+            raise
+        print(f"msa-hf: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    finally:
+        logging.getLogger("msa_hf").removeHandler(handler)
+
+
+def _log_to_stderr(level: int) -> logging.Handler:
+    """Our own messages, one line each; other libraries keep their handlers, so that none shows twice."""
+    from transformers.utils.logging import disable_progress_bar
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger("msa_hf").addHandler(handler)
+    logging.getLogger("msa_hf").setLevel(level)
+    logging.getLogger("pypdf").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    return handler
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each leaves the function to call in `run`."""
+    parser = argparse.ArgumentParser(
+        prog="msa-hf",
+        description="Give a language model a memory of documents and ask it questions.",
+        epilog=_examples(
+            "msa-hf convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-msa",
+            "msa-hf ingest ./smol-msa ./docs --out ./library",
+            'msa-hf ask ./library "Which court heard the case?"',
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"msa-hf {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_eval):
+        add(subparsers)
+    return parser
+
+
+def _add_convert(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "convert",
+        "make an MSA checkpoint from a Llama, Mistral, Qwen2 or Qwen3 model",
+        "The weights keep their values; routers are added, untrained unless --routers names an adapter.",
+        "msa-hf convert smollm2-135m ./smol-msa                      # a preset; needs no Hub",
+        "msa-hf convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-msa --routers smollm2-135m",
+        "msa-hf convert ./model.gguf ./msa --router-layers 8,16,24 --router-chunk-size 16",
+        "msa-hf convert ./backbone ./msa --routers ./routers",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder, GGUF file, Hub id or preset")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
+    parser.add_argument(
+        "--routers", metavar="ADAPTER", help="router adapter to merge: a folder, or one shipped"
+    )
+    parser.add_argument("--router-layers", type=_integers, metavar="N,N", help="layers that route")
+    for name, what in (
+        ("chunk-size", "tokens of a chunk of keys and values"),
+        ("router-chunk-size", "tokens of a chunk of router keys"),
+        ("top-k", "documents selected per layer"),
+    ):
+        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=what)
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights written")
+    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
+    parser.set_defaults(run=commands.convert)
+
+
+def _add_ingest(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "ingest",
+        "encode files and folders into a memory",
+        "Reads .txt .md .html .pdf .jsonl and source code; long documents are split at natural boundaries.",
+        "msa-hf ingest ./smol-msa ./docs report.pdf --out ./library",
+        "msa-hf ingest ./smol-msa ./docs --out ./library --resume     # go on after an interruption",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="files and folders")
+    parser.add_argument("--out", metavar="MEMORY", required=True, help="folder to make, or memory to replace")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=256, metavar="N", help="per piece, default 256"
+    )
+    _add_batch_tokens(parser)
+    parser.add_argument("--resume", action="store_true", help="use what an interrupted ingest has encoded")
+    parser.add_argument("--keep-going", action="store_true", help="warn about unreadable files and go on")
+    _add_loading(parser)
+    parser.set_defaults(run=commands.ingest)
+
+
+def _add_ask(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "ask",
+        "ask a memory questions",
+        "Prints the answer and the passages that it was given from. Without a question, asks for\n"
+        "questions in a terminal, or reads one per line from standard input.",
+        'msa-hf ask ./library "Which court heard the case?"',
+        'msa-hf ask ./library "Who wrote it?" --k 6 --rounds 3 --json',
+        "msa-hf ask ./library < questions.txt",
+    )
+    parser.add_argument("memory", metavar="MEMORY", help="folder made by ingest")
+    parser.add_argument("questions", metavar="QUESTION", nargs="*", help="in quotes")
+    parser.add_argument("--model", help="folder of the model; default: the one that made the memory")
+    parser.add_argument("--retrieval", choices=["auto", "attention", "router", "generative"], default="auto")
+    parser.add_argument("--k", type=_positive, metavar="N", help="documents to read at most")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of retrieval at most")
+    parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="default 32")
+    _add_loading(parser)
+    parser.set_defaults(run=commands.ask)
+
+
+def _add_train_router(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "train-router",
+        "train the routers of a converted model",
+        'PAIRS is a file of JSON lines {"question": text, "positives": [text], "negatives": [text]},\n'
+        'or "hotpotqa" for the HotpotQA questions outside the benchmark. The backbone stays as it is.',
+        "msa-hf train-router ./smol-msa pairs.jsonl --out ./routers",
+        "msa-hf train-router ./smol-msa hotpotqa --out ./routers --steps 1000 --seed 1",
+        "msa-hf convert ./backbone ./trained --routers ./routers      # then put them in",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
+    parser.add_argument("pairs", metavar="PAIRS", help='JSON lines, or "hotpotqa"')
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="folder of the adapter and its log")
+    parser.add_argument("--features", metavar="FOLDER", help="keeps the backbone's states for later runs")
+    parser.add_argument("--limit", type=_positive, metavar="N", help="use the first N pairs only")
+    for name, kind, what in (
+        ("steps", _positive, "optimiser steps per layer"),
+        ("batch-size", _positive, "questions per step"),
+        ("learning-rate", float, "peak learning rate"),
+        ("temperature", float, "of the contrastive loss"),
+        ("hard-negatives", int, "per question and step"),
+        ("held-out", _positive, "questions kept for evaluation"),
+        ("eval-every", _positive, "steps between evaluations"),
+        ("patience", _positive, "evaluations without progress before stopping"),
+        ("seed", int, "of everything random"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
+    _add_batch_tokens(parser, default=4096)
+    _add_loading(parser)
+    parser.set_defaults(run=commands.train_router)
+
+
+def _add_eval(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "eval",
+        "measure retrieval, answers or cost on HotpotQA",
+        "\n".join(f"{name:10} {what}" for name, what in _SUITES.items()),
+        "msa-hf eval retrieval ./smol-msa",
+        "msa-hf eval answers ./smol-msa --questions 200 --out answers.json",
+        "msa-hf eval cost ./smol-msa --json",
+    )
+    parser.add_argument("suite", choices=list(_SUITES), metavar="SUITE", help=", ".join(_SUITES))
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
+    parser.add_argument("--questions", type=_positive, metavar="N", help="use the first N questions")
+    parser.add_argument(
+        "--memory-questions",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="questions whose paragraphs are the memory (default 1000: the standing benchmark)",
+    )
+    parser.add_argument("--no-encoder", action="store_true", help="retrieval: leave the sentence encoder out")
+    parser.add_argument("--cache", metavar="FOLDER", help="where memories are kept between runs")
+    parser.add_argument("--out", metavar="FILE", help="write the whole report as JSON, too")
+    parser.add_argument("--plot", metavar="FILE", help="retrieval: write a plot, too (needs matplotlib)")
+    _add_batch_tokens(parser)
+    _add_loading(parser)
+    parser.set_defaults(run=commands.evaluate)
+
+
+def _command(subparsers, name: str, title: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    parser = subparsers.add_parser(
+        name,
+        help=title,
+        description=f"{title[0].upper()}{title[1:]}.\n\n{description}",
+        epilog=_examples(*examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--verbose", action="store_true", help="log what is done")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        default="auto",
+        help="precision to run the model in (default: as saved)",
+    )
+
+
+def _add_batch_tokens(parser: argparse.ArgumentParser, default: int = 8192) -> None:
+    parser.add_argument(
+        "--batch-tokens", type=_positive, default=default, metavar="N", help=f"per batch (default {default})"
+    )
+
+
+def _examples(*lines: str) -> str:
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What the msa-hf commands do: load, call one library function, print. Heavy imports come late."""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from .modeling.errors import MSAError
+
+logger = logging.getLogger(__name__)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from .conversion import convert as convert_checkpoint
+    from .modeling.configuration_msa import MSAConfig
+
+    given = {
+        "router_layers": options.router_layers,
+        "chunk_size": options.chunk_size,
+        "router_chunk_size": options.router_chunk_size,
+        "top_k_documents": options.top_k,
+    }
+    folder = convert_checkpoint(
+        options.source,
+        options.destination,
+        routers=options.routers,
+        dtype=options.dtype,
+        revision=options.revision,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    config = MSAConfig.from_pretrained(folder)
+    result = {
+        "model": str(folder),
+        "backbone": config.backbone_type,
+        "router_layers": list(config.router_layers),
+        "chunk_size": config.chunk_size,
+        "router_chunk_size": config.router_chunk_size,
+        "routers_trained": bool(config.routers_trained),
+    }
+    if options.json:
+        _print_json(result)
+        return
+    layers = ", ".join(map(str, result["router_layers"])) or "none"
+    trained = "trained" if result["routers_trained"] else "untrained: run msa-hf train-router"
+    print(f"{folder}: {result['backbone']}, router layers {layers} ({trained})")
+
+
+def ingest(options: argparse.Namespace) -> None:
+    from .ingestion import ingest as ingest_paths
+
+    model, tokenizer = load_model(options.model, options.device, options.dtype)
+    done = ingest_paths(
+        model,
+        tokenizer,
+        options.paths,
+        options.out,
+        model_path=os.path.abspath(options.model) if os.path.isdir(options.model) else options.model,
+        max_tokens=options.max_tokens,
+        batch_tokens=options.batch_tokens,
+        resume=options.resume,
+        progress=_shows_progress(),
+        on_error=(lambda error: logger.warning("%s", error)) if options.keep_going else None,
+    )
+    stats = done.memory.stats()
+    if options.json:
+        _print_json({"memory": str(options.out), "files": done.documents, **stats})
+        return
+    print(
+        f"{options.out}: {done.documents:,} documents in {stats['documents']:,} pieces, "
+        f"{stats['tokens']:,} tokens, {stats['vector_bytes_per_token']:,.0f} bytes per token"
+    )
+    warn_untrained(model)
+
+
+def ask(options: argparse.Namespace) -> int:
+    from .asking import ask as ask_memory
+    from .modeling.memory_bank import MemoryBank
+
+    interactive = not options.questions and sys.stdin.isatty()
+    questions = iter(options.questions) if options.questions else _questions(interactive)
+    memory = MemoryBank.from_pretrained(options.memory)
+    model, tokenizer = load_model(_model_of(memory, options), options.device, options.dtype)
+    memory.check_model(model.config.memory_settings, model.fingerprint())
+    memory.to(model.device)
+    asked = 0
+    for question in questions:
+        reply = ask_memory(
+            model,
+            tokenizer,
+            memory,
+            question,
+            retrieval=options.retrieval,
+            k=options.k,
+            rounds=options.rounds,
+            max_new_tokens=options.max_new_tokens,
+        )
+        asked += 1
+        print(json.dumps(reply.to_dict()) if options.json else render_reply(reply), flush=True)
+    if not asked and not interactive:
+        print("msa-hf ask: no question given", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train_router(options: argparse.Namespace) -> None:
+    from .training import RouterTrainingConfig, hotpotqa_pairs, read_pairs
+    from .training import train_router as train
+
+    # --dtype is the model's precision, not that of the saved weights.
+    names = {item.name for item in fields(RouterTrainingConfig)} - {"dtype"}
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    config = RouterTrainingConfig(**{name: value for name, value in given.items() if name in names})
+    if options.pairs == "hotpotqa":
+        from .packages import hotpotqa
+
+        pairs = hotpotqa_pairs(hotpotqa())
+    else:
+        pairs = read_pairs(options.pairs)
+    model, tokenizer = load_model(options.model, options.device, options.dtype)
+    result = train(
+        model,
+        tokenizer,
+        pairs[: options.limit],
+        config,
+        options.out,
+        features_dir=options.features,
+        batch_tokens=options.batch_tokens,
+        progress=_shows_progress(),
+    )
+    if options.json:
+        _print_json({"adapter": str(options.out), **_plain(result)})
+        return
+    figures = " ".join(f"{name} {value:.3f}" for name, value in result.consensus.items())
+    print(
+        f"{options.out}: consensus of the routers on held-out questions: {figures} ({result.seconds:.0f} s)"
+    )
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from .evaluation import answers, cost, retrieval
+    from .evaluation.cached_memory import benchmark_memory
+    from .evaluation.hotpotqa import load_hotpotqa
+
+    model, tokenizer = load_model(options.model, options.device, options.dtype)
+    warn_untrained(model)
+    benchmark = load_hotpotqa(options.memory_questions)
+    batch = {"batch_tokens": options.batch_tokens}
+    shared = {"cache_dir": options.cache, "progress": _shows_progress(), **batch}
+    if options.suite == "retrieval":
+        suite = retrieval
+        benchmark = benchmark.first(options.questions)
+        report = retrieval.evaluate_retrieval(
+            model, tokenizer, benchmark, with_encoder=not options.no_encoder, **shared
+        )
+        if options.plot:
+            retrieval.save_plot(report, options.plot)
+    elif options.suite == "answers":
+        suite = answers
+        questions = options.questions or 200
+        report = answers.evaluate_answers(model, tokenizer, benchmark, questions=questions, **shared)
+    else:
+        suite = cost
+        memory = benchmark_memory(model, tokenizer, benchmark.documents, **shared)
+        documents = benchmark.documents
+        report = cost.evaluate_cost(model, tokenizer, documents, memory, checkpoint=options.model, **batch)
+    if options.out:
+        suite.save_json(report, options.out)
+    print(json.dumps(report.to_dict()) if options.json else suite.render(report))
+
+
+def load_model(path: str, device: str | None = None, dtype: str = "auto"):
+    """(model, tokenizer) of a converted model, ready to answer. Raises MSAError if it is not one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    if not Path(path).is_dir() and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise MSAError(f"{path} is no folder of a model: make one with msa-hf convert")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if not hasattr(config, "router_layers"):
+        raise MSAError(f"{path} is a {config.model_type} model without memory: run msa-hf convert first")
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def warn_untrained(model) -> None:
+    if not model.config.routers_trained:
+        logger.warning(
+            "the routers of this model are untrained, so routing alone picks documents by chance: "
+            "train them with msa-hf train-router"
+        )
+
+
+def render_reply(reply, width: int = 100, preview: int = 320) -> str:
+    """An answer and its sources as text."""
+    lines = [f"Q: {reply.question}", f"A: {reply.answer}", ""]
+    for number, source in enumerate(reply.sources, 1):
+        found = f"round {source.round}, rank {source.rank} (routers alone: {source.router_rank:,})"
+        words = "" if source.lexical is None else f", BM25 {source.lexical:.2f}"
+        place = f" · {source.source}" if source.source else ""
+        lines.append(f"  [{number}] {source.title}{place}")
+        lines.append(f"      {found}, score {source.score:.4f}, routers {source.router_score:.2f}{words}")
+        body = source.text.removeprefix(source.title).split()
+        text = textwrap.shorten(" ".join(body), preview, placeholder=" …")
+        lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+    lines.append(f"  {len(reply.sources)} passages, {reply.seconds:.2f} s, retrieval: {reply.retrieval}")
+    return "\n".join(lines)
+
+
+def _model_of(memory, options: argparse.Namespace) -> str:
+    if options.model:
+        return options.model
+    path = memory.metadata.get("model")
+    if not isinstance(path, str):
+        raise MSAError(f"{options.memory} does not say which model made it: name it with --model")
+    # A memory may come from someone else; what it names is used only if it is already here.
+    if not Path(path).is_dir():
+        raise MSAError(f"{options.memory} was made by {path}, which is no folder here: use --model")
+    return path
+
+
+def _questions(interactive: bool) -> Iterator[str]:
+    while True:
+        try:
+            line = input("\nquestion (empty line to leave): ") if interactive else input()
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+        elif interactive:
+            return
+
+
+def _plain(result) -> dict:
+    return {item.name: getattr(result, item.name) for item in fields(result)}
+
+
+def _shows_progress() -> bool:
+    return sys.stderr.isatty()
+
+
+def _print_json(value: dict) -> None:
+    print(json.dumps(value))
