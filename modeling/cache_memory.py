@@ -1,6 +1,7 @@
 """Reading a memory: what one batch selects (MemoryReader) and how it stands in the cache (MemoryCache).
 
-Axis letters: B batch, T tokens, G key/value heads, D head dim, N documents, K selected, P memory vectors in the prefix.
+Axis letters: B batch, T tokens, G key/value heads, D head dim, N documents, K selected, P memory vectors in
+the prefix.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 
 def top_documents(scores: torch.Tensor, k: int) -> list[torch.Tensor]:
-    """The k best documents of each row of scores [B, N], best first; equal scores by lower number; never a score of -inf."""
+    """The k best documents of each row of scores [B, N], best first; equal scores by lower number; never a
+    score of -inf."""
     if scores.shape[1] > 4 * k:
         threshold = scores.topk(k, dim=1).values[:, -1:]
         candidates = scores >= threshold
@@ -25,7 +27,8 @@ def top_documents(scores: torch.Tensor, k: int) -> list[torch.Tensor]:
 
 @dataclass
 class MemoryPrefix:
-    """What stands before the local keys and values of a layer: keys and values [B, G, P, D], mask [B, P] of the real ones."""
+    """What stands before the local keys and values of a layer: keys and values [B, G, P, D], mask [B, P] of
+    the real ones."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -54,7 +57,8 @@ class MemoryReader:
         return layer in self.bank.layers or layer in self.bank.head
 
     def select(self, layer: int, queries: torch.Tensor, question_mask: torch.Tensor) -> None:
-        """Routes `queries` [B, H, T, D] and keeps the scores [B, N] and the k best documents of each sample."""
+        """Routes `queries` [B, H, T, D] and keeps the scores [B, N] and the k best documents of each
+        sample."""
         config = self.config
         scores = self.bank.route(
             layer,
@@ -73,7 +77,9 @@ class MemoryReader:
         parts = []
         if layer in self.bank.head:
             keys, values = (states[None].expand(batch, -1, -1, -1) for states in self.bank.head[layer])
-            parts.append((keys, values, torch.ones(batch, keys.shape[2], dtype=torch.bool, device=keys.device)))
+            parts.append(
+                (keys, values, torch.ones(batch, keys.shape[2], dtype=torch.bool, device=keys.device))
+            )
         if layer in self.selected:
             parts.append(self.bank.gather(layer, self.selected[layer]))
         keys, values = (torch.cat([part[i] for part in parts], dim=2).to(like) for i in (0, 1))
@@ -105,7 +111,9 @@ class MemoryLayer(CacheLayerMixin):
 
     def set_prefix(self, prefix: MemoryPrefix) -> None:
         if self.local.get_seq_length():
-            raise ValueError("a memory prefix must be set before the first token; this cache layer already holds tokens")
+            raise ValueError(
+                "a memory prefix must be set before the first token; this cache layer already holds tokens"
+            )
         self.prefix_mask = prefix.mask
         if self.prefix_length:
             self.local.update(prefix.keys, prefix.values)

@@ -26,7 +26,8 @@ CHOICES = {
     "answer_style": ("chat", "examples"),
 }
 _BACKBONE_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act "
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
     "tie_word_embeddings rope_parameters attention_dropout dtype"
 ).split()
@@ -34,7 +35,8 @@ _BACKBONE_FIELDS = (
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the vectors of a memory depend on besides the weights; two models share a memory only if these agree."""
+    """What the vectors of a memory depend on besides the weights; two models share a memory only if these
+    agree."""
 
     router_layers: tuple[int, ...]
     chunk_size: int
@@ -58,22 +60,30 @@ class MSAConfig(PreTrainedConfig):
     `mlp_bias` cover Mistral, Qwen2 and Qwen3. The memory's fields:
 
     Args:
-        router_layers (`list[int]`): layers that route and read memory; empty list means none. Default: the upper half
+        router_layers (`list[int]`): layers that route and read memory; empty list means none. Default: the
+            upper half
             (paper section 3.2).
         chunk_size (`int`): tokens averaged into one memory K/V vector (P = 64 in the paper).
-        router_chunk_size (`int`, *optional*): tokens averaged into one router key; divides `chunk_size`, its default.
+        router_chunk_size (`int`, *optional*): tokens averaged into one router key; divides `chunk_size`, its
+            default.
         top_k_documents (`int`): documents that each router layer selects.
         separate_router (`bool`): own router projections; if false, q and k themselves route.
-        score_normalization (`str`): "cosine" (both sides), "key" (only keys; the query's length weighs its tokens) or
+        score_normalization (`str`): "cosine" (both sides), "key" (only keys; the query's length weighs its
+            tokens) or
             "dot" (neither, times head_dim ** -0.5).
-        head_reduction, query_reduction, chunk_reduction (`str`): how scores over heads, question tokens and chunks become one
-            score per document. "maxsim": best chunk of the document for every question token, then the mean over tokens.
-        consensus_weights (`list[float]`, *optional*): weight of each router layer in the documents' consensus.
+        head_reduction, query_reduction, chunk_reduction (`str`): how scores over heads, question tokens and
+            chunks become one
+            score per document. "maxsim": best chunk of the document for every question token, then the mean
+            over tokens.
+        consensus_weights (`list[float]`, *optional*): weight of each router layer in the documents'
+            consensus.
         routers_trained (`bool`): False for a fresh conversion, whose routing is at chance.
         retrieval (`str`): what `generate(retrieval="auto")` means for this checkpoint.
         lexical_prior (`bool`): fuse the routers with BM25 by reciprocal rank when retrieving original text.
-        prompt_format (`str`): "chat" (documents and questions as they are) or "msa" (markers of MSA-4B, see `prompts_msa`).
-        answer_style (`str`): how original text is put before the model: its "chat" template, or after worked "examples".
+        prompt_format (`str`): "chat" (documents and questions as they are) or "msa" (markers of MSA-4B, see
+            `prompts_msa`).
+        answer_style (`str`): how original text is put before the model: its "chat" template, or after worked
+            "examples".
     """
 
     model_type = "memory_sparse_attention"
@@ -158,7 +168,9 @@ class MSAConfig(PreTrainedConfig):
         self.backbone_type, self.qk_norm = "qwen3", True
         self.attention_out_bias = self.attention_bias
         self.router_layers = (
-            list(range(self.num_hidden_layers)) if layers == "all" else [int(layer) for layer in layers.split(",")]
+            list(range(self.num_hidden_layers))
+            if layers == "all"
+            else [int(layer) for layer in layers.split(",")]
         )
         self.chunk_size = self.router_chunk_size = reference.get("pooling_kernel_size", 64)
         self.top_k_documents = reference.get("top_k_docs", 16)
@@ -178,8 +190,10 @@ class MSAConfig(PreTrainedConfig):
         self.prompt_format = "msa"
         if method != "INFONCE" and self.score_normalization == "cosine":
             logger.warning(
-                f"This checkpoint was trained with {method} on cosine scores, which is what is used here; the reference "
-                'infers with raw dot products. Pass score_normalization="dot" to from_pretrained to do the same.'
+                f"This checkpoint was trained with {method} on cosine scores, which is what is used "
+                "here; the reference "
+                'infers with raw dot products. Pass score_normalization="dot" to from_pretrained to '
+                "do the same."
             )
 
     def _validate_memory_fields(self) -> None:
@@ -194,9 +208,12 @@ class MSAConfig(PreTrainedConfig):
                 f"router_chunk_size must divide chunk_size ({self.chunk_size}); got {self.router_chunk_size}"
             )
         layers = self.router_layers
-        if layers != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers):
+        if layers != sorted(set(layers)) or (
+            layers and not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers
+        ):
             raise ValueError(
-                f"router_layers must be different, ascending and below num_hidden_layers={self.num_hidden_layers}; got {layers}"
+                "router_layers must be different, ascending and below "
+                f"num_hidden_layers={self.num_hidden_layers}; got {layers}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -215,7 +232,8 @@ class MSAConfig(PreTrainedConfig):
 
     @property
     def score_scale(self) -> float:
-        """Factor on every routing score; the reference scales all but separate cosine routers by head_dim ** -0.5."""
+        """Factor on every routing score; the reference scales all but separate cosine routers by head_dim **
+        -0.5."""
         scaled = self.score_normalization == "dot" or not self.separate_router
         return self.head_dim**-0.5 if scaled else 1.0
 
@@ -234,7 +252,8 @@ class MSAConfig(PreTrainedConfig):
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedConfig, **memory_fields) -> "MSAConfig":
-        """The config of `backbone` (Llama, Mistral, Qwen2 or Qwen3) with memory; `memory_fields` as in the class.
+        """The config of `backbone` (Llama, Mistral, Qwen2 or Qwen3) with memory; `memory_fields` as in the
+        class.
 
         Raises:
             ConversionError: another architecture, or a sliding window in use.
@@ -242,7 +261,8 @@ class MSAConfig(PreTrainedConfig):
         kind = backbone.model_type
         if kind not in CHOICES["backbone_type"]:
             raise ConversionError(
-                f"model_type must be one of {', '.join(CHOICES['backbone_type'])} to be converted; got {kind!r}"
+                f"model_type must be one of {', '.join(CHOICES['backbone_type'])} to be converted; "
+                f"got {kind!r}"
             )
         _refuse_sliding_window(kind, backbone.to_dict())
         fields = {name: getattr(backbone, name) for name in _BACKBONE_FIELDS if hasattr(backbone, name)}
@@ -258,7 +278,8 @@ class MSAConfig(PreTrainedConfig):
 
 
 class MSAReferenceConfig(MSAConfig):
-    """Reads config.json of the reference implementation (model_type "msa"); what comes out is a plain `MSAConfig`."""
+    """Reads config.json of the reference implementation (model_type "msa"); what comes out is a plain
+    `MSAConfig`."""
 
     model_type = "msa"
 
@@ -268,13 +289,16 @@ class MSAReferenceConfig(MSAConfig):
 
 
 def _refuse_sliding_window(backbone_type: str, fields: dict) -> None:
-    """Removes the sliding-window fields of Mistral and Qwen configs; an error if a window is really in use."""
+    """Removes the sliding-window fields of Mistral and Qwen configs; an error if a window is really in
+    use."""
     window = fields.pop("sliding_window", None)
     switched_on = fields.pop("use_sliding_window", backbone_type == "mistral")
     kinds = fields.pop("layer_types", None) or []
     fields.pop("max_window_layers", None)
     if (window and switched_on) or any("sliding" in kind for kind in kinds):
         raise ConversionError(
-            f"sliding_window must be off: memory is read by full attention layers; got sliding_window={window}, "
-            f"layer_types={sorted(set(kinds))}. Set sliding_window=None if the context never exceeds the window."
+            "sliding_window must be off: memory is read by full attention layers; got "
+            f"sliding_window={window}, "
+            f"layer_types={sorted(set(kinds))}. Set sliding_window=None if the context never exceeds "
+            "the window."
         )

@@ -6,7 +6,8 @@ class MSAError(Exception):
 
 
 class MemoryFormatError(MSAError, ValueError):
-    """A saved memory is damaged, cut off, incomplete, or of a format version that this release does not read."""
+    """A saved memory is damaged, cut off, incomplete, or of a format version that this release does not
+    read."""
 
 
 class MemoryMismatchError(MSAError, ValueError):

@@ -1,4 +1,5 @@
-"""encode_memory and generate(memory=...): pooled attention, router-directed and generative interleave (paper section 3.5)."""
+"""encode_memory and generate(memory=...): pooled attention, router-directed and generative interleave (paper
+section 3.5)."""
 
 from dataclasses import dataclass
 
@@ -8,10 +9,10 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .cache_memory import MemoryCache, MemoryReader
-from .interleave_msa import Interleave, generative_interleave, router_interleave
+from .interleave_msa import Interleave, answer_from, generative_interleave, router_interleave
 from .memory_bank import MemoryBank
 from .memory_encoding import encode_documents, pad_rows
-from .retrieval_msa import MODES, RankedDocument, RetrievalRound, consensus, ranked_documents
+from .retrieval_msa import FUSION_DEPTH, MODES, RankedDocument, RetrievalRound, consensus, describe
 
 logger = logging.get_logger(__name__)
 RETRIEVALS = ("auto", "attention", "router", "generative")
@@ -42,13 +43,15 @@ class MSAGenerationMixin(GenerationMixin):
     """The part of `MSAForCausalLM` that makes and reads memories."""
 
     def encode_memory(self, documents: list[str], tokenizer, **options) -> MemoryBank:
-        """Encodes `documents` into a memory: every document alone, positions from 0, pooled per chunk (paper section 3.2).
+        """Encodes `documents` into a memory: every document alone, positions from 0, pooled per chunk (paper
+        section 3.2).
 
         Args:
             documents: texts; an empty list and empty texts are allowed. tokenizer: the model's.
             batch_tokens (`int`, default 8192): padded tokens that run through the model at once.
             progress (`bool`): show a progress bar.
-            resume_dir (`str`): keep finished batches there, so that an interrupted call goes on where it stopped.
+            resume_dir (`str`): keep finished batches there, so that an interrupted call goes on where it
+                stopped.
             metadata (`dict`): JSON-serialisable notes kept with the memory.
 
         Raises:
@@ -56,12 +59,18 @@ class MSAGenerationMixin(GenerationMixin):
         """
         return encode_documents(self, documents, tokenizer, **options)
 
-    @torch.inference_mode()
-    def route_questions(self, questions: list[str], memory: MemoryBank, tokenizer=None) -> dict[int, torch.Tensor]:
-        """Scores [B, N] of all documents in each router layer, from the questions' tokens alone (blind to the memory)."""
+    @torch.no_grad()
+    def route_questions(
+        self, questions: list[str], memory: MemoryBank, tokenizer=None
+    ) -> dict[int, torch.Tensor]:
+        """Scores [B, N] of all documents in each router layer, from the questions' tokens alone (blind to
+        the memory)."""
         self._check_memory(memory)
         tokenizer = _tokenizer(tokenizer, memory)
-        rows = [torch.tensor(ids, dtype=torch.int64) for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]]
+        rows = [
+            torch.tensor(ids, dtype=torch.int64)
+            for ids in tokenizer(questions, add_special_tokens=False)["input_ids"]
+        ]
         for row, question in zip(rows, questions):
             if not len(row):
                 raise ValueError(f"a question must have at least one token; got {question!r}")
@@ -69,7 +78,9 @@ class MSAGenerationMixin(GenerationMixin):
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths.to(ids.device)[:, None]
         reader = MemoryReader(memory, self.config)
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        position_embeddings = self.model.rotary_emb(self.model.embed_tokens(ids[:, :1]), position_ids=positions)
+        position_embeddings = self.model.rotary_emb(
+            self.model.embed_tokens(ids[:, :1]), position_ids=positions
+        )
 
         def route(layer, hidden, keys, values):
             attention = self.model.layers[layer].self_attn
@@ -84,7 +95,8 @@ class MSAGenerationMixin(GenerationMixin):
         """The k best documents for each question.
 
         Args:
-            mode: "router" (the layers' consensus), "lexical" (BM25) or "fused" (reciprocal ranks of both); by default
+            mode: "router" (the layers' consensus), "lexical" (BM25) or "fused" (reciprocal ranks of both);
+                by default
                 "fused" if `config.lexical_prior`, else "router".
         """
         mode = mode or ("fused" if self.config.lexical_prior else "router")
@@ -95,21 +107,45 @@ class MSAGenerationMixin(GenerationMixin):
         if not len(memory) or not questions:
             return [[] for _ in questions]
         scores = self.route_questions(questions, memory, tokenizer)
-        lexical = [memory.lexical.scores(question) if mode != "router" else None for question in questions]
-        weights = self.config.consensus_weights
-        return [ranked_documents(scores, row, weights, lexical[row], k, mode) for row in range(len(questions))]
+        ranked = []
+        for row, question in enumerate(questions):
+            lexical = (
+                dict(memory.lexical.search(question, max(k, FUSION_DEPTH))) if mode != "router" else None
+            )
+            ranked.append(describe(scores, row, self.config.consensus_weights, lexical, mode=mode, k=k))
+        return ranked
+
+    def answer_from(
+        self, questions: list[str], documents: list[list[str]], tokenizer, **options
+    ) -> list[str]:
+        """Answers from original texts, which memory has chosen or you have; see `interleave_msa.answer_from`.
+
+        Args:
+            documents: per question, most relevant first; an empty list is closed book. options: for
+                `generate`.
+        """
+        if len(documents) != len(questions):
+            raise ValueError(
+                f"documents must have one list per question ({len(questions)}); got {len(documents)}"
+            )
+        return answer_from(self, questions, documents, tokenizer, **options)[1]
 
     def generate(self, inputs: torch.Tensor | None = None, *args, memory: MemoryBank | None = None, **kwargs):
         """As `GenerationMixin.generate`; with `memory`, answers from it.
 
         Args:
-            memory: from `encode_memory` or `MemoryBank.from_pretrained`; None is exactly the backbone's generate.
-            retrieval (`str`, default "auto"): "attention" attends to the pooled chunks of the selected documents, as trained
-                MSA checkpoints need; "router" lets the routers choose documents whose original text enters the prompt
-                (`input_ids` is then the bare question); "generative" lets the model name documents (MSA-4B's prompts;
+            memory: from `encode_memory` or `MemoryBank.from_pretrained`; None is exactly the backbone's
+                generate.
+            retrieval (`str`, default "auto"): "attention" attends to the pooled chunks of the selected
+                documents, as trained
+                MSA checkpoints need; "router" lets the routers choose documents whose original text enters
+                the prompt
+                (`input_ids` is then the bare question); "generative" lets the model name documents (MSA-4B's
+                prompts;
                 bare question, too); "auto" is `config.retrieval`.
             tokenizer: needed by "router" and "generative" unless the memory keeps one.
-            question_mask (`[B, T]` bool): with "attention", the tokens that route; by default all but padding.
+            question_mask (`[B, T]` bool): with "attention", the tokens that route; by default all but
+                padding.
             documents_per_round, max_rounds, mode: of "router", see `interleave_msa.router_interleave`.
             tokens_per_round, max_rounds: of "generative", see `interleave_msa.generative_interleave`.
 
@@ -124,7 +160,9 @@ class MSAGenerationMixin(GenerationMixin):
         retrieval = self.config.retrieval if retrieval == "auto" else retrieval
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None:
-            raise ValueError("input_ids must be given with memory; inputs_embeds have no text to retrieve with")
+            raise ValueError(
+                "input_ids must be given with memory; inputs_embeds have no text to retrieve with"
+            )
         self._check_memory(memory)
         if not self.config.routers_trained:
             logger.warning(UNTRAINED)
@@ -136,27 +174,47 @@ class MSAGenerationMixin(GenerationMixin):
         return output if as_dict else output.sequences
 
     def _generate_attending(self, input_ids, memory: MemoryBank, *args, **kwargs) -> MemoryGenerateOutput:
+        if kwargs.get("use_cache") is False:
+            raise ValueError(
+                "use_cache must not be False with memory: the cache holds what the question has selected"
+            )
         cache = kwargs.pop("past_key_values", None)
         if not getattr(cache, "is_memory_cache", False):
             if cache is not None and cache.get_seq_length():
-                raise ValueError("past_key_values must be empty when a memory is first read; it already holds tokens")
+                raise ValueError(
+                    "past_key_values must be empty when a memory is first read; it already holds tokens"
+                )
             cache = MemoryCache(MemoryReader(memory, self.config), cache)
         tokenizer = kwargs.get("tokenizer") or memory.tokenizer
         sequences = super().generate(input_ids, *args, past_key_values=cache, **kwargs)
         reader = cache.reader
-        totals = consensus(reader.scores, self.config.consensus_weights) if reader.scores else None
-        rounds = [
-            [RetrievalRound("", _used(reader, totals, row), _selected(reader, row))] for row in range(len(sequences))
-        ] if totals is not None and len(totals) == len(sequences) else None  # fmt: skip
+        rounds = [[self._attended(reader, row)] for row in range(len(next(iter(reader.scores.values()))))]
         answers = None
         if tokenizer is not None:
             answers = tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
         return MemoryGenerateOutput(sequences, answers, rounds, "attention")
 
+    def _attended(self, reader: MemoryReader, row: int) -> RetrievalRound:
+        """What one sample selected: by layer, and every document of it by consensus."""
+        selected = {
+            layer: [(int(i), float(reader.scores[layer][row, i])) for i in ids[row]]
+            for layer, ids in reader.selected.items()
+        }
+        chosen = {i for pairs in selected.values() for i, _ in pairs}
+        weights = self.config.consensus_weights
+        totals = consensus(
+            {layer: scores[row : row + 1] for layer, scores in reader.scores.items()}, weights
+        )[0]
+        ranking = sorted(((i, float(totals[i])) for i in chosen), key=lambda item: (-item[1], item[0]))
+        return RetrievalRound("", describe(reader.scores, row, weights, None, ranking), selected)
+
     def _generate_interleaved(self, input_ids, memory: MemoryBank, retrieval: str, *args, **kwargs):
         tokenizer = _tokenizer(kwargs.pop("tokenizer", None), memory)
         mask = kwargs.pop("attention_mask", None)
-        rows = [row if mask is None else row[keep.bool()] for row, keep in zip(input_ids, input_ids if mask is None else mask)]
+        rows = [
+            row if mask is None else row[keep.bool()]
+            for row, keep in zip(input_ids, input_ids if mask is None else mask)
+        ]
         questions = [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
         interleave = router_interleave if retrieval == "router" else generative_interleave
         result: Interleave = interleave(self, questions, memory, tokenizer, *args, **kwargs)
@@ -176,7 +234,8 @@ class MSAGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is not None and getattr(cache, "is_memory_cache", False) and not cache.has_read:
-            # Routing needs the whole question in every layer, so the model itself cuts the layers' work into chunks.
+            # Routing needs the whole question in every layer, so the model itself cuts the layers' work into
+            # chunks.
             generation_config.prefill_chunk_size = None
             try:
                 kwargs = {**model_kwargs, "prefill_chunk_size": chunk_size}
@@ -187,34 +246,17 @@ class MSAGenerationMixin(GenerationMixin):
 
     def _check_memory(self, memory: MemoryBank) -> None:
         if not hasattr(memory, "check_model"):
-            raise ValueError(f"memory must come from encode_memory or MemoryBank.from_pretrained; got {type(memory).__name__}")
+            raise ValueError(
+                "memory must come from encode_memory or MemoryBank.from_pretrained; got "
+                f"{type(memory).__name__}"
+            )
         memory.check_model(self.config.memory_settings, self.fingerprint())
 
 
 def _tokenizer(tokenizer, memory: MemoryBank):
     tokenizer = tokenizer or memory.tokenizer
     if tokenizer is None:
-        raise ValueError("tokenizer must be given: this memory was loaded without one and its texts must be read")
-    return tokenizer
-
-
-def _selected(reader: MemoryReader, row: int) -> dict[int, list[tuple[int, float]]]:
-    return {
-        layer: [(int(i), float(reader.scores[layer][row, i])) for i in ids[row]] for layer, ids in reader.selected.items()
-    }
-
-
-def _used(reader: MemoryReader, totals: torch.Tensor, row: int) -> list[RankedDocument]:
-    """All documents that some layer selected, by consensus."""
-    chosen = {int(i) for ids in reader.selected.values() for i in ids[row]}
-    ranks = totals[row].argsort(descending=True, stable=True).argsort(stable=True)
-    return [
-        RankedDocument(
-            id=i,
-            score=float(totals[row, i]),
-            router_rank=int(ranks[i]) + 1,
-            consensus=float(totals[row, i]),
-            per_layer={layer: float(scores[row, i]) for layer, scores in reader.scores.items()},
+        raise ValueError(
+            "tokenizer must be given: this memory was loaded without one and its texts must be read"
         )
-        for i in sorted(chosen, key=lambda i: int(ranks[i]))
-    ]
+    return tokenizer

@@ -1,7 +1,9 @@
 """Memory Interleave: retrieval and generation in rounds (paper section 3.5, multi-hop questions).
 
-Router-directed: the routers' consensus chooses documents, whose original text enters the prompt; the grown context routes
-again until nothing new is found. Generative: the model writes document numbers itself, as MSA-4B was trained to.
+Router-directed: the routers' consensus chooses documents, whose original text enters the prompt; the grown
+context routes
+again until nothing new is found. Generative: the model writes document numbers itself, as MSA-4B was trained
+to.
 """
 
 import copy
@@ -12,7 +14,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
-from .cache_memory import MemoryCache, MemoryReader
+from .cache_memory import MemoryCache, MemoryReader, top_documents
 from .prompts_msa import (
     ANSWER_MARK,
     END_OF_DOCUMENTS,
@@ -25,7 +27,7 @@ from .prompts_msa import (
     injected_question,
     msa_prompt,
 )
-from .retrieval_msa import RetrievalRound, ranked_documents
+from .retrieval_msa import RetrievalRound, describe
 
 
 @dataclass
@@ -70,7 +72,9 @@ def router_interleave(
     active = list(range(len(questions)))
     for number in range(max_rounds):
         queries = [
-            questions[i] if not number else grown_query(questions[i], [memory.documents[d.id] for d in rounds[i][-1].documents])
+            questions[i]
+            if not number
+            else grown_query(questions[i], [memory.documents[d.id] for d in rounds[i][-1].documents])
             for i in active
         ]
         if not queries:
@@ -99,12 +103,19 @@ def grown_query(question: str, documents: list[str]) -> str:
 
 
 def answer_from(
-    model, questions: list[str], documents: list[list[str]], tokenizer, *args, max_new_tokens: int = 32, **generate_options
+    model,
+    questions: list[str],
+    documents: list[list[str]],
+    tokenizer,
+    *args,
+    max_new_tokens: int = 32,
+    **generate_options,
 ) -> tuple[list[torch.Tensor], list[str]]:
     """Answers from original texts given in the prompt: the answers' tokens, and the answers.
 
     Args:
-        documents: per question, most relevant first; as many are used as fit into the model's positions. An empty list
+        documents: per question, most relevant first; as many are used as fit into the model's positions. An
+            empty list
             asks without documents (closed book).
         max_new_tokens: answer tokens at most. generate_options: for `generate`.
     """
@@ -115,14 +126,22 @@ def answer_from(
     for question, texts in zip(questions, documents):
         prefix, prompt = answer_prompt(style, tokenizer, question, texts)
         while texts and len(tokenizer(prefix + prompt, add_special_tokens=False)["input_ids"]) > room:
-            texts = texts[:-1] if len(texts) > 1 else [texts[0][: len(texts[0]) // 2]] if len(texts[0]) > 64 else []
+            texts = (
+                texts[:-1]
+                if len(texts) > 1
+                else [texts[0][: len(texts[0]) // 2]]
+                if len(texts[0]) > 64
+                else []
+            )
             prefix, prompt = answer_prompt(style, tokenizer, question, texts)
         prompts.append(prompt)
     rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     ids, mask = left_pad([torch.tensor(row) for row in rows], pad_id(tokenizer), model.device)
     cache = None
     if prefix:
-        shared = tokenizer(prefix, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        shared = tokenizer(prefix, add_special_tokens=False, return_tensors="pt")["input_ids"].to(
+            model.device
+        )
         ids = torch.cat([shared.expand(len(ids), -1), ids], dim=1)
         mask = torch.cat([mask.new_ones(len(ids), shared.shape[1]), mask], dim=1)
         if generate_options.get("num_beams", 1) == generate_options.get("num_return_sequences", 1) == 1:
@@ -156,10 +175,11 @@ class StopAtNewline(StoppingCriteria):
 
 
 def _prefix_cache(model, shared: torch.Tensor, batch: int) -> DynamicCache:
-    """K/V of the prompt's part that all questions share, computed once per model and repeated over the batch."""
+    """K/V of the prompt's part that all questions share, computed once per model and repeated over the
+    batch."""
     key = (tuple(shared[0].tolist()), model.weights_key())
     if getattr(model, "_answer_prefix", (None,))[0] != key:
-        with torch.inference_mode():
+        with torch.no_grad():
             cache = model(shared, use_cache=True, logits_to_keep=1).past_key_values
         model._answer_prefix = (key, cache)
     cache = copy.deepcopy(model._answer_prefix[1])
@@ -177,19 +197,26 @@ def generative_interleave(
     tokens_per_round: int = 256,
     **generate_options,
 ) -> Interleave:
-    """Lets the model name documents by number, injects their text, and continues until it answers (specs of MSA-4B).
+    """Lets the model name documents by number, injects their text, and continues until it answers (specs of
+    MSA-4B).
 
-    In every round the whole text is prefilled and routed afresh; the question and the texts injected last route.
+    In every round the whole text is prefilled and routed afresh; the question and the texts injected last
+    route.
 
     Args:
-        max_rounds: rounds at most, the answering one included. tokens_per_round: new tokens of a round at most;
+        max_rounds: rounds at most, the answering one included. tokens_per_round: new tokens of a round at
+            most;
             `max_new_tokens`, if given, means the same.
     """
     if max_rounds < 1 or tokens_per_round < 1:
-        raise ValueError(f"max_rounds and tokens_per_round must be at least 1; got {max_rounds} and {tokens_per_round}")
+        raise ValueError(
+            f"max_rounds and tokens_per_round must be at least 1; got {max_rounds} and {tokens_per_round}"
+        )
     tokens_per_round = generate_options.pop("max_new_tokens", tokens_per_round)
     if generate_options.pop("num_return_sequences", 1) != 1:
-        raise ValueError("num_return_sequences must be 1 with generative retrieval: every sample has rounds of its own")
+        raise ValueError(
+            "num_return_sequences must be 1 with generative retrieval: every sample has rounds of its own"
+        )
     dialogues = [_Dialogue(question, memory, tokenizer) for question in questions]
     for _ in range(max_rounds):
         active = [dialogue for dialogue in dialogues if not dialogue.finished]
@@ -212,7 +239,9 @@ def generative_interleave(
             scores = {layer: values[row : row + 1] for layer, values in cache.reader.scores.items()}
             dialogue.advance(sequences[row, ids.shape[1] :], scores, model.config)
     tokens = [torch.tensor(dialogue.written, dtype=torch.int64) for dialogue in dialogues]
-    return Interleave(tokens, [dialogue.answer() for dialogue in dialogues], [dialogue.rounds for dialogue in dialogues])
+    return Interleave(
+        tokens, [dialogue.answer() for dialogue in dialogues], [dialogue.rounds for dialogue in dialogues]
+    )
 
 
 class StopAtMarker(StoppingCriteria):
@@ -278,10 +307,9 @@ class _Dialogue:
             self.answering = True
             self._append(self._encode(END_OF_RETRIEVAL + injected_question(self.question)), routes=False)
             return
-        ranked = {d.id: d for d in ranked_documents(scores, 0, config.consensus_weights, None, len(self.memory), "router")}
-        known = [ranked[i] for i in numbers if i in ranked]
+        known = describe(scores, 0, config.consensus_weights, None, [(i, 0.0) for i in numbers])
         selected = {
-            layer: [(int(i), float(values[0, i])) for i in values[0].topk(min(config.top_k_documents, values.shape[1])).indices]
+            layer: [(int(i), float(values[0, i])) for i in top_documents(values, config.top_k_documents)[0]]
             for layer, values in scores.items()
         }
         self.rounds.append(RetrievalRound(self.injected or self.question, known, selected))
@@ -316,7 +344,8 @@ def pad_id(tokenizer) -> int:
 
 
 def _without_padding(row: torch.Tensor, tokenizer) -> torch.Tensor:
-    """`row` without the padding at its end; an end-of-sequence token that also serves as padding stays once."""
+    """`row` without the padding at its end; an end-of-sequence token that also serves as padding stays
+    once."""
     row = row.cpu()
     keep = len(row)
     while keep and int(row[keep - 1]) == pad_id(tokenizer):

@@ -7,13 +7,17 @@ import torch
 from torch.nn import functional as F
 
 
-def infonce(scores: torch.Tensor, positives: torch.Tensor, temperature: float, gamma: float = 0.0) -> torch.Tensor:
+def infonce(
+    scores: torch.Tensor, positives: torch.Tensor, temperature: float, gamma: float = 0.0
+) -> torch.Tensor:
     """Mean over positives of -(1 - p)^gamma log p, p the softmax over all documents."""
     log_p = F.log_softmax(scores / temperature, dim=-1)[positives]
     return -((1 - log_p.exp()).pow(gamma) * log_p).mean()
 
 
-def decoupled_infonce(scores: torch.Tensor, positives: torch.Tensor, temperature: float, gamma: float = 0.0) -> torch.Tensor:
+def decoupled_infonce(
+    scores: torch.Tensor, positives: torch.Tensor, temperature: float, gamma: float = 0.0
+) -> torch.Tensor:
     """As `infonce`, but other positives are not in a positive's denominator (paper eq. 5)."""
     logits = scores / temperature
     negatives = torch.logsumexp(logits.masked_fill(positives, -torch.inf), dim=-1)
@@ -32,11 +36,13 @@ def document_loss(
 ) -> torch.Tensor:
     """Mean over samples and router layers of `config.aux_loss_method`.
 
-    As in the reference, only layers of the upper half take part, scores of -inf (documents the sample does not have) are left
+    As in the reference, only layers of the upper half take part, scores of -inf (documents the sample does
+    not have) are left
     out, and samples without labels or without a positive are skipped.
 
     Args:
-        document_scores: [B, N] by router layer. labels: per sample one 0/1 per document that it has. bias: of BCE.
+        document_scores: [B, N] by router layer. labels: per sample one 0/1 per document that it has. bias:
+            of BCE.
     """
     method, temperature = config.aux_loss_method, min(max(config.aux_temperature, 0.001), 0.5)
     losses = []
@@ -52,8 +58,11 @@ def document_loss(
 
 
 @torch.no_grad()
-def recall_metrics(config, document_scores: dict[int, torch.Tensor], labels: list[list[int]]) -> dict[str, float]:
-    """Recall at 1, 5 and 10 (or all documents, if fewer), averaged over samples and layers as in `document_loss`."""
+def recall_metrics(
+    config, document_scores: dict[int, torch.Tensor], labels: list[list[int]]
+) -> dict[str, float]:
+    """Recall at 1, 5 and 10 (or all documents, if fewer), averaged over samples and layers as in
+    `document_loss`."""
     found: dict[str, list[float]] = {}
     for scores, positives in _samples(config, document_scores, labels):
         if positives.any():
@@ -69,10 +78,14 @@ def _samples(config, document_scores: dict[int, torch.Tensor], labels: list[list
         if layer < config.num_hidden_layers // 2:
             continue
         if len(labels) != len(scores):
-            raise ValueError(f"batch_aux_labels must have one list per sample ({len(scores)}); got {len(labels)}")
+            raise ValueError(
+                f"batch_aux_labels must have one list per sample ({len(scores)}); got {len(labels)}"
+            )
         for row, label in zip(scores, labels):
             row = row[row > -torch.inf]
             if len(label) not in (0, len(row)):
-                raise ValueError(f"batch_aux_labels must have one label per document ({len(row)}); got {len(label)}")
+                raise ValueError(
+                    f"batch_aux_labels must have one label per document ({len(row)}); got {len(label)}"
+                )
             if label:
                 yield row, torch.tensor(label, device=row.device).bool()

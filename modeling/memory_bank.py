@@ -1,6 +1,7 @@
 """MemoryBank: documents with their chunk-pooled keys, values and router keys, per router layer.
 
-Axis letters: B batch, T tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, R router chunks, N documents,
+Axis letters: B batch, T tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, R router
+chunks, N documents,
 P memory vectors in the prefix.
 """
 
@@ -23,7 +24,9 @@ class DenseVectors:
         self.data = data
 
     @classmethod
-    def allocate(cls, rows: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> "DenseVectors":
+    def allocate(
+        cls, rows: int, width: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> "DenseVectors":
         return cls(torch.empty(rows, width, dtype=dtype, device=device))
 
     def __len__(self) -> int:
@@ -58,7 +61,8 @@ class DenseVectors:
 
 @dataclass
 class LayerMemory:
-    """One router layer's vectors: keys and values [C, W], router keys [R, W] (L2-normalised per head unless "dot")."""
+    """One router layer's vectors: keys and values [C, W], router keys [R, W] (L2-normalised per head unless
+    "dot")."""
 
     keys: DenseVectors
     values: DenseVectors
@@ -95,7 +99,8 @@ class MemoryBank:
     def __post_init__(self):
         if len(self.documents) != len(self.token_counts):
             raise ValueError(
-                f"token_counts must have one entry per document; got {len(self.token_counts)} for {len(self.documents)}"
+                f"token_counts must have one entry per document; got {len(self.token_counts)} for "
+                f"{len(self.documents)}"
             )
         self.chunk_counts = chunk_counts(self.token_counts, self.settings.chunk_size)
         self.router_chunk_counts = chunk_counts(self.token_counts, self.settings.router_chunk_size)
@@ -124,7 +129,9 @@ class MemoryBank:
             self._lexical = LexicalIndex(self.documents)
         return self._lexical
 
-    def route(self, layer: int, queries: torch.Tensor, question_mask: torch.Tensor, **reductions) -> torch.Tensor:
+    def route(
+        self, layer: int, queries: torch.Tensor, question_mask: torch.Tensor, **reductions
+    ) -> torch.Tensor:
         """Scores [B, N] float32 of all documents in one router layer.
 
         Args:
@@ -134,8 +141,11 @@ class MemoryBank:
         keys = self.layers[layer].router_keys
         return document_scores(queries, question_mask, keys, self.router_chunk_counts, **reductions)
 
-    def gather(self, layer: int, documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pooled K and V [B, G, P, D] of each sample's documents in bank order, and which of the P are real [B, P]."""
+    def gather(
+        self, layer: int, documents: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pooled K and V [B, G, P, D] of each sample's documents in bank order, and which of the P are real
+        [B, P]."""
         memory, settings = self.layers[layer], self.settings
         ids = [chosen.sort().values.to(self.chunk_counts.device) for chosen in documents]
         totals = torch.stack([self.chunk_counts[chosen].sum() for chosen in ids])
@@ -160,7 +170,9 @@ class MemoryBank:
         for memory in self.layers.values():
             memory.keys, memory.values = memory.keys.to(device), memory.values.to(device)
             memory.router_keys = memory.router_keys.to(device)
-        self.head = {layer: (keys.to(device), values.to(device)) for layer, (keys, values) in self.head.items()}
+        self.head = {
+            layer: (keys.to(device), values.to(device)) for layer, (keys, values) in self.head.items()
+        }
         return self
 
     def stats(self) -> dict:
@@ -182,7 +194,8 @@ class MemoryBank:
         }
 
     def check_model(self, settings: MemorySettings, fingerprint: dict | None) -> None:
-        """Raises MemoryMismatchError, saying what differs, unless a model with these settings made this bank."""
+        """Raises MemoryMismatchError, saying what differs, unless a model with these settings made this
+        bank."""
         differences = self.settings.differences(settings)
         if self.fingerprint and fingerprint:
             differences += [
@@ -197,7 +210,8 @@ class MemoryBank:
             )
 
     def save_pretrained(self, directory: str) -> None:
-        """Writes memory.json, documents (JSON lines) and vectors (safetensors); replaces a memory that is there.
+        """Writes memory.json, documents (JSON lines) and vectors (safetensors); replaces a memory that is
+        there.
 
         The old memory stays readable until the new one is complete.
         """
@@ -224,13 +238,20 @@ class MemoryBank:
         documents, tensors, settings, fingerprint, metadata = read_memory(directory)
         layers = {
             layer: LayerMemory(
-                *(DenseVectors(tensors[f"layers.{layer}.{name}"]) for name in ("keys", "values", "router_keys"))
+                *(
+                    DenseVectors(tensors[f"layers.{layer}.{name}"])
+                    for name in ("keys", "values", "router_keys")
+                )
             )
             for layer in settings.router_layers
         }
-        heads = sorted(int(name.split(".")[1]) for name in tensors if name.startswith("head.") and "keys" in name)
+        heads = sorted(
+            int(name.split(".")[1]) for name in tensors if name.startswith("head.") and "keys" in name
+        )
         head = {layer: (tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"]) for layer in heads}
-        bank = cls(documents, tensors["token_counts"], settings, layers, head, fingerprint, metadata, tokenizer)
+        bank = cls(
+            documents, tensors["token_counts"], settings, layers, head, fingerprint, metadata, tokenizer
+        )
         if model is not None:
             bank.check_model(model.config.memory_settings, model.fingerprint())
             bank.to(model.device)

@@ -1,4 +1,5 @@
-"""Documents -> MemoryBank: batches of similar length, every document alone from position 0, chunk-pooled (paper section 3.2).
+"""Documents -> MemoryBank: batches of similar length, every document alone from position 0, chunk-pooled
+(paper section 3.2).
 
 Axis letters: B documents of a batch, T tokens, G key/value heads, D head dim, E hidden size, C chunks.
 """
@@ -22,7 +23,8 @@ NAMES = ("keys", "values", "router_keys")
 
 
 class DenseRecorder:
-    """Recorder for `MSAModel.encode`: pools one batch of rows; `vectors[layer]` holds keys, values and router keys.
+    """Recorder for `MSAModel.encode`: pools one batch of rows; `vectors[layer]` holds keys, values and
+    router keys.
 
     Args:
         lengths: [B] int64 on the CPU, real tokens of each row.
@@ -45,7 +47,7 @@ class DenseRecorder:
         self.vectors[layer] = tuple(DenseVectors(vectors) for vectors in pooled)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_documents(
     model,
     documents: list[str],
@@ -69,7 +71,8 @@ def encode_documents(
     longest = max(map(len, tokens), default=0)
     if longest > config.max_position_embeddings:
         raise ValueError(
-            f"documents must have at most max_position_embeddings={config.max_position_embeddings} tokens; the longest has "
+            f"documents must have at most max_position_embeddings={config.max_position_embeddings} "
+            "tokens; the longest has "
             f"{longest}. Split it first (msa_hf.documents.split_document)."
         )
     counts = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
@@ -88,7 +91,9 @@ def encode_documents(
     resume = None
     if resume_dir is not None:
         resume = _Portions(resume_dir, model, documents, batch_tokens, dtype)
-    bar = logging.tqdm(total=int(counts.sum()), unit="tok", unit_scale=True, desc="encoding", disable=not progress)
+    bar = logging.tqdm(
+        total=int(counts.sum()), unit="tok", unit_scale=True, desc="encoding", disable=not progress
+    )
     with bar:
         for number, batch in enumerate(length_batches(counts.tolist(), batch_tokens)):
             pooled = resume.load(number) if resume else None
@@ -114,20 +119,31 @@ def encode_documents(
     )
 
 
-def tokenize_documents(documents: list[str], tokenizer, prompt_format: str, progress: bool = False) -> list[torch.Tensor]:
-    """Token ids (int32) of each document as it is encoded; tokenised in portions, so that memory stays small."""
+def tokenize_documents(
+    documents: list[str], tokenizer, prompt_format: str, progress: bool = False
+) -> list[torch.Tensor]:
+    """Token ids (int32) of each document as it is encoded; tokenised in portions, so that memory stays
+    small."""
     rows: list[torch.Tensor] = []
     portions = range(0, len(documents), 2048)
-    for start in logging.tqdm(portions, unit="portion", desc="tokenizing", disable=not progress or len(portions) < 4):
-        texts = [document_prompt(prompt_format, start + i, text) for i, text in enumerate(documents[start : start + 2048])]
+    for start in logging.tqdm(
+        portions, unit="portion", desc="tokenizing", disable=not progress or len(portions) < 4
+    ):
+        texts = [
+            document_prompt(prompt_format, start + i, text)
+            for i, text in enumerate(documents[start : start + 2048])
+        ]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows.extend(torch.tensor(row, dtype=torch.int32) for row in ids)
     return rows
 
 
 def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Indices of non-empty documents, longest first, in batches of at most `budget` padded tokens (at least one document)."""
-    order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index])
+    """Indices of non-empty documents, longest first, in batches of at most `budget` padded tokens (at least
+    one document)."""
+    order = sorted(
+        (index for index, length in enumerate(lengths) if length), key=lambda index: -lengths[index]
+    )
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) + 1) * lengths[batch[0]] > budget:

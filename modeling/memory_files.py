@@ -1,6 +1,7 @@
 """How a memory lies on disk: memory.json, documents-*.jsonl and vectors-*.safetensors.
 
-memory.json names the other two with their sizes and is replaced last, in one step, so a directory always holds one
+memory.json names the other two with their sizes and is replaced last, in one step, so a directory always
+holds one
 whole memory: the old one until the new one is complete.
 """
 
@@ -39,7 +40,9 @@ def write_memory(
         for text in documents:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         _sync(file)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / names["vectors"])
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / names["vectors"]
+    )
     with open(directory / names["vectors"], "rb") as file:
         os.fsync(file.fileno())
     index = {
@@ -78,9 +81,12 @@ def read_memory(directory: str | Path):
         version = index["format_version"]
         if version != FORMAT_VERSION:
             raise MemoryFormatError(
-                f"{directory / INDEX}: format_version must be {FORMAT_VERSION} for this release; got {version!r}"
+                f"{directory / INDEX}: format_version must be {FORMAT_VERSION} for this release; got "
+                f"{version!r}"
             )
-        paths = {kind: directory / _file_name(index["files"][kind]["name"]) for kind in ("documents", "vectors")}
+        paths = {
+            kind: directory / _file_name(index["files"][kind]["name"]) for kind in ("documents", "vectors")
+        }
         for kind, path in paths.items():
             _check_size(path, index["files"][kind]["bytes"])
         if _sha256(paths["documents"]) != index["documents_sha256"]:
@@ -93,22 +99,32 @@ def read_memory(directory: str | Path):
     except MemoryFormatError:
         raise
     except (KeyError, TypeError, ValueError, SafetensorError, RecursionError) as error:
-        raise MemoryFormatError(f"the memory in {directory} is damaged: {error!r}. Encode its documents again.") from error
+        raise MemoryFormatError(
+            f"the memory in {directory} is damaged: {error!r}. Encode its documents again."
+        ) from error
     return documents, tensors, settings, index["fingerprint"], index["metadata"]
 
 
 def _settings(stored: dict) -> MemorySettings:
     stored = {name: stored[name] for name in (field.name for field in fields(MemorySettings))}
-    return MemorySettings(**{**stored, "router_layers": tuple(int(layer) for layer in stored["router_layers"])})
+    return MemorySettings(
+        **{**stored, "router_layers": tuple(int(layer) for layer in stored["router_layers"])}
+    )
 
 
 def _check_tensors(tensors: dict, settings: MemorySettings, documents: int) -> None:
     """Shapes must follow from the token counts, or a swapped file would give garbage."""
     counts = tensors["token_counts"]
     if counts.dtype != torch.int64 or counts.shape != (documents,) or (counts < 0).any():
-        raise MemoryFormatError(f"token_counts must be {documents} non-negative int64; got {counts.dtype} {counts.shape}")
+        raise MemoryFormatError(
+            f"token_counts must be {documents} non-negative int64; got {counts.dtype} {counts.shape}"
+        )
     width = settings.num_key_value_heads * settings.head_dim
-    for name, size in (("keys", "chunk_size"), ("values", "chunk_size"), ("router_keys", "router_chunk_size")):
+    for name, size in (
+        ("keys", "chunk_size"),
+        ("values", "chunk_size"),
+        ("router_keys", "router_chunk_size"),
+    ):
         chunk = getattr(settings, size)
         expected = (int(((counts + chunk - 1) // chunk).sum()), width)
         for layer in settings.router_layers:
@@ -126,12 +142,18 @@ def _file_name(name: str) -> str:
 def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
-        raise MemoryFormatError(f"{path} must have {expected} bytes; got {size}: the file is missing or cut off")
+        raise MemoryFormatError(
+            f"{path} must have {expected} bytes; got {size}: the file is missing or cut off"
+        )
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_blocks(file)
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_blocks(file)
+        )
 
 
 def _sha256_blocks(file) -> str:

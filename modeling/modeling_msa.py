@@ -1,43 +1,40 @@
 """MSAModel and MSAForCausalLM: a Llama-shaped decoder whose router layers read a memory.
 
-Memory Sparse Attention, arXiv 2603.23516. Without memory the model is exactly its backbone (Llama, Mistral, Qwen2, Qwen3).
-Axis letters: B batch, T tokens, E hidden size, H query heads, G key/value heads, D head dim, N documents, P memory prefix.
+Memory Sparse Attention, arXiv 2603.23516. Without memory the model is exactly its backbone (Llama, Mistral,
+Qwen2, Qwen3).
+Axis letters: B batch, T tokens, E hidden size, H query heads, G key/value heads, D head dim, N documents, P
+memory prefix.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_memory import MemoryCache, MemoryPrefix, MemoryReader
+from .attention_msa import MSAAttention, MSADecoderLayer
+from .cache_memory import MemoryCache
 from .configuration_msa import MSAConfig
+from .fingerprint_msa import hash_weights
 from .generation_msa import MSAGenerationMixin
 from .losses_msa import document_loss, recall_metrics
 from .packed_msa import packed_forward
+from .reading_msa import check_question_mask, default_positions, memory_attention_mask, memory_reader
 
 
 @dataclass
 class MSAModelOutput(ModelOutput):
-    """`document_scores` [B, N] and `selected_documents` (per sample, best first) by router layer, where memory was read."""
+    """`document_scores` [B, N] and `selected_documents` (per sample, best first) by router layer, where
+    memory was read."""
 
     last_hidden_state: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
@@ -65,116 +62,6 @@ class MSACausalLMOutput(ModelOutput):
     router_metrics: dict[str, float] | None = None
 
 
-class MSAAttention(nn.Module):
-    """Causal attention over [memory prefix | local tokens]; in router layers it also has the routers."""
-
-    def __init__(self, config: MSAConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_out_bias)
-        if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        if layer_idx in config.router_layers and config.separate_router:
-            # One-module Sequentials, because the reference's checkpoints name these weights router_q_proj.0.weight.
-            self.router_q_proj = nn.Sequential(nn.Linear(config.hidden_size, query_width, bias=False))
-            self.router_k_proj = nn.Sequential(nn.Linear(config.hidden_size, key_width, bias=False))
-
-    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim))
-
-    def queries(self, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
-        """[B, H, T, D] after q norm and RoPE."""
-        queries = self._heads(self.q_proj(hidden_states))
-        queries = (self.q_norm(queries) if self.config.qk_norm else queries).transpose(1, 2)
-        return apply_rotary_pos_emb(queries, queries[:, :0], *position_embeddings)[0]
-
-    def keys_values(self, hidden_states: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """K (after k norm and RoPE) and V, [B, G, T, D] each."""
-        keys = self._heads(self.k_proj(hidden_states))
-        keys = (self.k_norm(keys) if self.config.qk_norm else keys).transpose(1, 2)
-        values = self._heads(self.v_proj(hidden_states)).transpose(1, 2)
-        return apply_rotary_pos_emb(keys, keys[:, :0], *position_embeddings)[0], values
-
-    def router_queries(self, hidden_states: torch.Tensor, position_embeddings) -> torch.Tensor:
-        """[B, H, T, D], normalised and scaled as `MSAConfig.score_normalization` says (paper section 3.2)."""
-        if self.config.separate_router:
-            queries = self._heads(self.router_q_proj(hidden_states)).transpose(1, 2)
-        else:
-            queries = self.queries(hidden_states, position_embeddings)
-        if self.config.score_normalization == "cosine":
-            queries = F.normalize(queries, dim=-1)
-        return queries * self.config.score_scale
-
-    def router_keys(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Router keys [R, W] of chunk means: of the hidden states [R, E] for separate routers, else of K [R, W].
-
-        Pooling and the linear map commute, so the map runs once per chunk instead of once per token.
-        """
-        keys = self.router_k_proj(pooled) if self.config.separate_router else pooled
-        if self.config.score_normalization == "dot":
-            return keys
-        return F.normalize(self._heads(keys), dim=-1).flatten(-2)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        memory_prefix: MemoryPrefix | None = None,
-        recorder: Callable | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        queries = self.queries(hidden_states, position_embeddings)
-        keys, values = self.keys_values(hidden_states, position_embeddings)
-        if recorder is not None:
-            recorder(self.layer_idx, hidden_states, keys, values)
-        if memory_prefix is not None:
-            keys = torch.cat([memory_prefix.keys, keys], dim=2)
-            values = torch.cat([memory_prefix.values, values], dim=2)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.flatten(2)), weights
-
-
-class MSADecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: MSAConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = MSAAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
 class MSAPreTrainedModel(PreTrainedModel):
     config: MSAConfig
     config_class = MSAConfig
@@ -198,7 +85,9 @@ class MSAModel(MSAPreTrainedModel):
     def __init__(self, config: MSAConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(MSADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            MSADecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -223,7 +112,8 @@ class MSAModel(MSAPreTrainedModel):
         Args:
             memory: `MemoryBank` or `MemoryReader` to read; None for the plain backbone.
             question_mask: [B, T] bool, tokens that route; by default every token that is not padding.
-            prefill_chunk_size: with memory, tokens run through a layer at once; routing still sees the whole question.
+            prefill_chunk_size: with memory, tokens run through a layer at once; routing still sees the whole
+                question.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -231,9 +121,16 @@ class MSAModel(MSAPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if memory is not None or getattr(past_key_values, "is_memory_cache", False):
             return self._forward_with_memory(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, memory, question_mask,
-                prefill_chunk_size, **kwargs,
-            )  # fmt: skip
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                memory,
+                question_mask,
+                prefill_chunk_size,
+                **kwargs,
+            )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -280,7 +177,9 @@ class MSAModel(MSAPreTrainedModel):
                 'Call model.set_attn_implementation("sdpa").'
             )
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask must be [B, T] with memory; got {attention_mask.ndim} dimensions")
+            raise ValueError(
+                f"attention_mask must be [B, T] with memory; got {attention_mask.ndim} dimensions"
+            )
         if use_cache and not (self.gradient_checkpointing and self.training):
             past_key_values = self._memory_cache(memory, past_key_values)
         cached = past_key_values is not None
@@ -292,7 +191,9 @@ class MSAModel(MSAPreTrainedModel):
             position_ids = position_ids + reader.position_offset
         routing = not (cached and past_key_values.has_read)
         if routing:
-            question_mask = check_question_mask(question_mask, attention_mask, batch, tokens, hidden_states.device)
+            question_mask = check_question_mask(
+                question_mask, attention_mask, batch, tokens, hidden_states.device
+            )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         bounds = range(0, tokens, chunk_size or max(tokens, 1))
         spans = [(start, min(tokens, start + bounds.step)) for start in bounds]
@@ -300,7 +201,9 @@ class MSAModel(MSAPreTrainedModel):
             prefix = None
             if routing and reader.reads(index):
                 if index in reader.bank.layers:
-                    queries = layer.self_attn.router_queries(layer.input_layernorm(hidden_states), position_embeddings)
+                    queries = layer.self_attn.router_queries(
+                        layer.input_layernorm(hidden_states), position_embeddings
+                    )
                     reader.select(index, queries, question_mask)
                 prefix = reader.prefix(index, batch, hidden_states)
                 if cached:
@@ -308,7 +211,9 @@ class MSAModel(MSAPreTrainedModel):
             prefix_mask = past_key_values.layers[index].prefix_mask if cached else prefix and prefix.mask
             outputs = []
             for start, stop in spans:
-                mask = memory_attention_mask(prefix_mask, memory_mask, attention_mask, past, start, stop, hidden_states)
+                mask = memory_attention_mask(
+                    prefix_mask, memory_mask, attention_mask, past, start, stop, hidden_states
+                )
                 if mask is not None and self.config._attn_implementation == "eager":
                     lowest = torch.finfo(hidden_states.dtype).min
                     mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
@@ -334,18 +239,27 @@ class MSAModel(MSAPreTrainedModel):
         if getattr(past_key_values, "is_memory_cache", False):
             return past_key_values
         if past_key_values is not None and past_key_values.get_seq_length():
-            raise ValueError("past_key_values must be empty when a memory is first read; it already holds tokens")
+            raise ValueError(
+                "past_key_values must be empty when a memory is first read; it already holds tokens"
+            )
         return MemoryCache(memory_reader(memory, self.config), past_key_values)
 
     def encode(
-        self, input_ids: torch.LongTensor, recorder: Callable, lengths: torch.Tensor | None = None, full: bool = False
+        self,
+        input_ids: torch.LongTensor,
+        recorder: Callable,
+        lengths: torch.Tensor | None = None,
+        full: bool = False,
     ) -> torch.Tensor | None:
-        """Runs rows of right-padded tokens, each alone and with positions from 0, up to the last router layer.
+        """Runs rows of right-padded tokens, each alone and with positions from 0, up to the last router
+        layer.
 
         Args:
             input_ids: [B, T]. Causal attention never looks right, so the padding needs no mask.
-            recorder: called once per router layer as recorder(layer, hidden [B, T, E], keys, values [B, G, T, D]), with the
-                normalised attention input, K after RoPE, and V. In the last router layer nothing else is computed.
+            recorder: called once per router layer as recorder(layer, hidden [B, T, E], keys, values [B, G,
+                T, D]), with the
+                normalised attention input, K after RoPE, and V. In the last router layer nothing else is
+                computed.
             full: run all layers and return the last hidden state [B, T, E].
         """
         hidden_states = self.embed_tokens(input_ids)
@@ -353,9 +267,15 @@ class MSAModel(MSAPreTrainedModel):
         return self.run_rows(hidden_states, positions, recorder, full=full)
 
     def run_rows(
-        self, hidden_states: torch.Tensor, positions: torch.Tensor, recorder: Callable, full: bool, every_layer: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        recorder: Callable,
+        full: bool,
+        every_layer: bool = False,
     ) -> torch.Tensor | None:
-        """The layers over rows that only see themselves; see `encode`. every_layer: record all layers, not only routers."""
+        """The layers over rows that only see themselves; see `encode`. every_layer: record all layers, not
+        only routers."""
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None
@@ -375,55 +295,6 @@ class MSAModel(MSAPreTrainedModel):
                 recorder=recorder if index in routers else None,
             )
         return self.norm(hidden_states)
-
-
-def memory_reader(memory, config: MSAConfig) -> MemoryReader:
-    return memory if hasattr(memory, "selected") else MemoryReader(memory, config)
-
-
-def default_positions(attention_mask, batch: int, tokens: int, past: int, device) -> torch.Tensor:
-    """[B, T] positions of the last `tokens` tokens, counting only tokens that are not padding."""
-    if attention_mask is None:
-        return torch.arange(past, past + tokens, device=device).expand(batch, -1)
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:].to(device)
-
-
-def check_question_mask(question_mask, attention_mask, batch: int, tokens: int, device) -> torch.Tensor:
-    """[B, T] bool; ValueError if a row has no token to route with."""
-    mask = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-    if attention_mask is not None:
-        mask = mask & attention_mask[:, -tokens:].to(device, torch.bool)
-    if question_mask is not None:
-        if question_mask.shape != (batch, tokens):
-            raise ValueError(f"question_mask must have shape {(batch, tokens)}; got {tuple(question_mask.shape)}")
-        mask = mask & question_mask.to(device, torch.bool)
-    if not mask.any(1).all():
-        rows = (~mask.any(1)).nonzero().squeeze(1).tolist()
-        raise ValueError(f"every sample needs at least one question token to route with; rows {rows} have none")
-    return mask
-
-
-def memory_attention_mask(prefix_mask, memory_mask, attention_mask, past: int, start: int, stop: int, like):
-    """[B, 1, T, P + past + stop] bool, or None where everything is visible: prefix, then causal local tokens.
-
-    Every token sees itself, padding too, so that no row of the softmax is empty.
-    """
-    batch, tokens = like.shape[0], stop - start
-    plain_prefix = prefix_mask is None or bool(prefix_mask.all())
-    if tokens == 1 and plain_prefix and memory_mask is None and (attention_mask is None or bool(attention_mask.all())):
-        return None
-    keys = torch.arange(past + stop, device=like.device)
-    queries = torch.arange(past + start, past + stop, device=like.device)[:, None]
-    local = (keys <= queries)[None]
-    if attention_mask is not None:
-        local = local & attention_mask[:, None, : past + stop].to(like.device, torch.bool)
-    local = (local | (keys == queries)).expand(batch, -1, -1)
-    if prefix_mask is None:
-        return local[:, None]
-    memory = prefix_mask[:, None, :].expand(-1, tokens, -1)
-    if memory_mask is not None:
-        memory = memory & memory_mask[:, start:stop, None]
-    return torch.cat([memory, local], dim=2)[:, None]
 
 
 class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
@@ -470,7 +341,8 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
         """
         Args:
             memory, question_mask, prefill_chunk_size: see `MSAModel.forward`.
-            doc_ids: [B, T] labels of packed training rows (paper section 3.3, specs of `packed_msa`): template -2,
+            doc_ids: [B, T] labels of packed training rows (paper section 3.3, specs of `packed_msa`):
+                template -2,
                 question 0, documents 1..n, response -1. The documents of a row are its memory.
             batch_aux_labels: per sample one 0/1 per document: the positives of the auxiliary loss.
             batch_answer_labels, batch_reconstruction_labels: [B, T] further labels, as `labels`.
@@ -506,16 +378,26 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
             result.loss = self.config.lm_loss_weight * result.lm_loss
         if batch_reconstruction_labels is not None:
             result.reconstruction_loss = self._token_loss(logits, batch_reconstruction_labels, **kwargs)
-            result.loss = self._add(result.loss, self.config.reconstruction_loss_weight, result.reconstruction_loss)
+            result.loss = self._add(
+                result.loss, self.config.reconstruction_loss_weight, result.reconstruction_loss
+            )
         if batch_answer_labels is not None:
-            rows = torch.ones(len(logits), dtype=torch.bool) if train_qa_samples is None else train_qa_samples == 1
+            rows = (
+                torch.ones(len(logits), dtype=torch.bool)
+                if train_qa_samples is None
+                else train_qa_samples == 1
+            )
             if rows.any():
                 result.answer_loss = self._token_loss(logits[rows], batch_answer_labels[rows], **kwargs)
                 result.loss = self._add(result.loss, self.config.answer_loss_weight, result.answer_loss)
         if batch_aux_labels is not None:
             if not outputs.document_scores:
-                raise ValueError("batch_aux_labels needs document scores; give memory or doc_ids, and router_layers")
-            result.aux_loss = document_loss(self.config, outputs.document_scores, batch_aux_labels, getattr(self, "b", None))
+                raise ValueError(
+                    "batch_aux_labels needs document scores; give memory or doc_ids, and router_layers"
+                )
+            result.aux_loss = document_loss(
+                self.config, outputs.document_scores, batch_aux_labels, getattr(self, "b", None)
+            )
             result.router_metrics = recall_metrics(self.config, outputs.document_scores, batch_aux_labels)
             result.loss = self._add(result.loss, self.config.aux_loss_weight, result.aux_loss)
         return result
@@ -532,37 +414,12 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
         return tuple((tensor.data_ptr(), tensor._version) for tensor in self.parameters())
 
     def fingerprint(self) -> dict[str, str]:
-        """Short hashes of the weights that a memory's vectors depend on: the backbone's and the routers' separately.
+        """Short hashes of the weights that a memory's vectors depend on: the backbone's and the routers'
+        separately.
 
         Values are rounded to bfloat16 and sampled, so the same checkpoint loaded in another precision agrees.
         """
         key = self.weights_key()
         if getattr(self, "_fingerprint", (None,))[0] != key:
-            self._fingerprint = (key, self._hash_weights())
+            self._fingerprint = (key, hash_weights(self.model, self.config.router_layers))
         return dict(self._fingerprint[1])
-
-    def _hash_weights(self) -> dict[str, str]:
-        parts = {"backbone": hashlib.sha256(), "routers": hashlib.sha256()}
-        layers = self.config.router_layers[-1] + 1 if self.config.router_layers else 0
-        modules = {"embed_tokens": self.model.embed_tokens, "layers": self.model.layers[:layers]}
-        for prefix, module in modules.items():
-            for name, tensor in sorted(effective_parameters(module).items()):
-                part = parts["routers" if "router_" in name else "backbone"]
-                flat = tensor.detach().flatten()
-                sample = flat[:: max(1, flat.numel() // 1024)].to("cpu", torch.bfloat16).view(torch.int16)
-                part.update(f"{prefix}.{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
-        return {name: part.hexdigest()[:16] for name, part in parts.items()}
-
-
-def effective_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the names they have without PEFT's wrappers; a replaced original is left out."""
-    found = {}
-    for name, tensor in module.named_parameters():
-        if ".original_module." in name:
-            continue
-        parts = name.split(".")
-        if "modules_to_save" in parts:
-            index = parts.index("modules_to_save")
-            parts = parts[:index] + parts[index + 2 :]
-        found[".".join(part for part in parts if part != "base_layer")] = tensor
-    return found

@@ -1,6 +1,7 @@
 """The one place that chooses an implementation for the heavy operations on memory vectors.
 
-Every operation has a plain PyTorch implementation, which is its specification. Axis letters: B batch, T tokens, H query
+Every operation has a plain PyTorch implementation, which is its specification. Axis letters: B batch, T
+tokens, H query
 heads, G key/value heads, D head dim, W = G * D, C chunks, N documents.
 """
 
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
-_TILE_ELEMENTS = 1 << 23  # scores held at once while routing: 32 MB in float32, whatever the number of heads or chunks
+_TILE_ELEMENTS = (
+    1 << 23
+)  # scores held at once while routing: 32 MB in float32, whatever the number of heads or chunks
 _overrides: dict[str, Callable] = {}
 
 
@@ -23,7 +26,8 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
 
 @contextmanager
 def override(**implementations: Callable):
-    """Within the block, the named operations (`pool_chunks`, `document_scores`) run `implementations` instead."""
+    """Within the block, the named operations (`pool_chunks`, `document_scores`) run `implementations`
+    instead."""
     unknown = set(implementations) - {"pool_chunks", "document_scores"}
     if unknown:
         raise ValueError(f"override knows pool_chunks and document_scores; got {sorted(unknown)}")
@@ -37,7 +41,8 @@ def override(**implementations: Callable):
 
 
 def pool_chunks(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) -> torch.Tensor:
-    """Means over consecutive chunks of each row's first `lengths` tokens, accumulated in float32 (paper section 3.2).
+    """Means over consecutive chunks of each row's first `lengths` tokens, accumulated in float32 (paper
+    section 3.2).
 
     Args:
         states: [B, T, W].
@@ -61,12 +66,14 @@ def document_scores(
 ) -> torch.Tensor:
     """Score of every document for every question (paper section 3.2).
 
-    Because the mean over heads is linear, it becomes ONE dot product of length W per question token and chunk.
+    Because the mean over heads is linear, it becomes ONE dot product of length W per question token and
+    chunk.
 
     Args:
         queries: [B, H, T, D] router queries, already normalised and scaled as the checkpoint wants it.
         question_mask: [B, T] bool, tokens that route; at least one per row.
-        keys: vector storage of C rows [W] (see `memory_bank.DenseVectors`), the router keys of all chunks in document order.
+        keys: vector storage of C rows [W] (see `memory_bank.DenseVectors`), the router keys of all chunks in
+            document order.
         chunk_counts: [N] router chunks of each document (0 for an empty document, whose score is -inf).
 
     Returns:
@@ -87,7 +94,9 @@ def _pool_chunks(states, lengths, chunk_size):
     return (sums / counts.clamp(min=1)[..., None])[counts > 0].to(states.dtype)
 
 
-def _document_scores(queries, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction):
+def _document_scores(
+    queries, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction
+):
     batch, heads, tokens, head_dim = queries.shape
     groups = keys.width // head_dim
     question_mask = question_mask.to(queries.device, torch.bool)
@@ -95,7 +104,8 @@ def _document_scores(queries, question_mask, keys, chunk_counts, head_reduction,
         last = (question_mask * torch.arange(1, tokens + 1, device=queries.device)).argmax(1)
         queries = queries[torch.arange(batch, device=queries.device), :, last][:, :, None]
         question_mask = question_mask.new_ones(batch, 1)
-    # [B, H, T, D] -> [S, B, T, W]: S = 1 summed query per token if the mean over heads folds, else one per head of a group.
+    # [B, H, T, D] -> [S, B, T, W]: S = 1 summed query per token if the mean over heads folds, else one per
+    # head of a group.
     grouped = queries.unflatten(1, (groups, heads // groups))
     if head_reduction == "mean":
         folded = grouped.sum(2, keepdim=True).div(heads).permute(2, 0, 3, 1, 4).flatten(3)
@@ -103,23 +113,25 @@ def _document_scores(queries, question_mask, keys, chunk_counts, head_reduction,
         folded = grouped.permute(2, 0, 3, 1, 4)  # [H / G, B, T, G, D]
     if query_reduction == "mean" and head_reduction == "mean":
         weights = question_mask.to(folded.dtype) / question_mask.sum(1, keepdim=True)
-        folded, question_mask = (folded * weights[..., None]).sum(2, keepdim=True), question_mask[:, :1] | True
+        folded, question_mask = (
+            (folded * weights[..., None]).sum(2, keepdim=True),
+            question_mask[:, :1] | True,
+        )
     folded = folded.to(keys.dtype)
     chunk_counts = chunk_counts.to(queries.device)
     offsets = F.pad(chunk_counts.cumsum(0), (1, 0)).tolist()
     budget = max(1, _TILE_ELEMENTS // (batch * folded.shape[2]))
-    scores = [
-        _tile_scores(
-            folded, question_mask, keys.slice(offsets[start], offsets[stop]), chunk_counts[start:stop], head_reduction,
-            query_reduction, chunk_reduction,
-        )
-        for start, stop in _document_tiles(offsets, budget)
-    ]  # fmt: skip
+    reductions = (head_reduction, query_reduction, chunk_reduction)
+    scores = []
+    for start, stop in _document_tiles(offsets, budget):
+        tile = keys.slice(offsets[start], offsets[stop])
+        scores.append(_tile_scores(folded, question_mask, tile, chunk_counts[start:stop], *reductions))
     return torch.cat(scores, 1) if scores else queries.new_zeros(batch, 0, dtype=torch.float32)
 
 
 def _document_tiles(offsets: list[int], budget: int):
-    """Ranges of whole documents with at most `budget` chunks together (a longer document is a tile of its own)."""
+    """Ranges of whole documents with at most `budget` chunks together (a longer document is a tile of its
+    own)."""
     start, documents = 0, len(offsets) - 1
     for stop in range(1, documents + 1):
         if stop == documents or offsets[stop + 1] - offsets[start] > budget:

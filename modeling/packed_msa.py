@@ -1,7 +1,10 @@
-"""The packed training form of the reference: template head, documents, question and response in one row (paper section 3.3).
+"""The packed training form of the reference: template head, documents, question and response in one row
+(paper section 3.3).
 
-`doc_ids` labels the tokens: documents 1..n, question 0, template -2, response and its marker -1. The row is unpacked into
-what the model runs anyway: documents as rows of their own, pooled into a bank with gradients, and one active row that reads
+`doc_ids` labels the tokens: documents 1..n, question 0, template -2, response and its marker -1. The row is
+unpacked into
+what the model runs anyway: documents as rows of their own, pooled into a bank with gradients, and one active
+row that reads
 it. Lengths of documents are free. Axis letters: B samples, T packed tokens, N documents of all samples.
 """
 
@@ -18,19 +21,25 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
 
     Args:
         input_ids, doc_ids: [B, T]. attention_mask: [B, T], 0 = padding.
-        position_ids: [B, T] as written by the data set: from 0 in every document; used if `config.rewrite_positions`.
+        position_ids: [B, T] as written by the data set: from 0 in every document; used if
+            `config.rewrite_positions`.
 
     Returns:
-        MSAModelOutput with last_hidden_state [B, T, E] (0 at padding) and document_scores [B, n + 1], where column i
+        MSAModelOutput with last_hidden_state [B, T, E] (0 at padding) and document_scores [B, n + 1], where
+        column i
         is document i of the sample and -inf where it has none (column 0 always).
     """
     if input_ids.shape != doc_ids.shape:
-        raise ValueError(f"doc_ids must have the shape of input_ids {tuple(input_ids.shape)}; got {tuple(doc_ids.shape)}")
+        raise ValueError(
+            f"doc_ids must have the shape of input_ids {tuple(input_ids.shape)}; got {tuple(doc_ids.shape)}"
+        )
     batch, tokens = input_ids.shape
     real = torch.ones_like(doc_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if position_ids is None or not model.config.rewrite_positions:
         position_ids = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
-    documents = [(doc_ids[b] == i) & real[b] for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0]
+    documents = [
+        (doc_ids[b] == i) & real[b] for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0
+    ]
     owners = torch.tensor([b for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
     numbers = torch.tensor([int(i) for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
     if not documents:
@@ -68,10 +77,13 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
     )
     states = torch.zeros_like(embeddings)
     for row, (mask, b) in enumerate(zip(documents, owners.tolist())):
-        states = states.index_put((torch.tensor(b), mask.nonzero().squeeze(1)), document_states[row, : lengths[row]])
+        states = states.index_put(
+            (torch.tensor(b), mask.nonzero().squeeze(1)), document_states[row, : lengths[row]]
+        )
     for b in range(batch):
         states = states.index_put(
-            (torch.tensor(b), active[b].nonzero().squeeze(1)), outputs.last_hidden_state[b, : active_lengths[b]]
+            (torch.tensor(b), active[b].nonzero().squeeze(1)),
+            outputs.last_hidden_state[b, : active_lengths[b]],
         )
     outputs.last_hidden_state = states
     outputs.document_scores = {
@@ -79,13 +91,15 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
         for layer, scores in outputs.document_scores.items()
     }
     outputs.selected_documents = {
-        layer: [numbers.to(ids.device)[ids] for ids in selected] for layer, selected in outputs.selected_documents.items()
+        layer: [numbers.to(ids.device)[ids] for ids in selected]
+        for layer, selected in outputs.selected_documents.items()
     }
     return outputs
 
 
 def _by_number(scores: torch.Tensor, visible: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """[B, N] over all documents -> [B, n + 1] over the numbers that documents have inside their own sample."""
+    """[B, N] over all documents -> [B, n + 1] over the numbers that documents have inside their own
+    sample."""
     batch = scores.shape[0]
     table = scores.new_full((batch, int(numbers.max()) + 1), -torch.inf)
     rows, columns = visible.nonzero(as_tuple=True)

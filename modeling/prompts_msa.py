@@ -1,6 +1,7 @@
 """Prompt formats: how documents, questions and retrieved texts are written for a model.
 
-"msa" is the format of MSA-4B (specs of the reference's prompts); "chat" uses the tokenizer's own chat template.
+"msa" is the format of MSA-4B (specs of the reference's prompts); "chat" uses the tokenizer's own chat
+template.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ def msa_prompt(question: str) -> list[tuple[str, int]]:
 
 
 def injected_documents(numbers: Sequence[int], texts: Sequence[str]) -> str:
-    """What the runtime appends after the model has named documents (generative interleave, paper section 3.5)."""
+    """What the runtime appends after the model has named documents (generative interleave, paper section
+    3.5)."""
     return "\n".join(f"[{number}]. {text}" for number, text in zip(numbers, texts)) + f"\n{END_OF_DOCUMENTS}"
 
 
@@ -48,10 +50,13 @@ def injected_question(question: str) -> str:
 
 
 def answer_prompt(style: str, tokenizer, question: str, documents: Sequence[str]) -> tuple[str, str]:
-    """(prefix that all questions share, prompt) for an answer from original texts, most relevant first; none is closed book.
+    """(prefix that all questions share, prompt) for an answer from original texts, most relevant first; none
+    is closed book.
 
-    Styles: "chat" is the tokenizer's chat template with an instruction; "examples" shows worked examples first and continues
-    plain text, which small models follow far better. The most relevant document is written last, nearest to the question.
+    Styles: "chat" is the tokenizer's chat template with an instruction; "examples" shows worked examples
+    first and continues
+    plain text, which small models follow far better. The most relevant document is written last, nearest to
+    the question.
     """
     nearest_last = list(reversed(documents))
     if style == "examples":
@@ -68,7 +73,8 @@ def answer_prompt(style: str, tokenizer, question: str, documents: Sequence[str]
 
 
 def clean_answer(style: str, text: str) -> str:
-    """The answer in what the model wrote: the first line, where the prompt's style ends answers with a newline."""
+    """The answer in what the model wrote: the first line, where the prompt's style ends answers with a
+    newline."""
     text = text.strip()
     return text.partition("\n")[0].strip() if style == "examples" else text
 
@@ -80,6 +86,42 @@ def _completion(documents: Sequence[str], question: str) -> str:
 EXAMPLES = (
     (
         (
+            "Harvest Moon Festival\nThe Harvest Moon Festival is held every September in Linden Park "
+            "by the Linden Music Society.",
+            "Linden Music Society\nThe Linden Music Society was founded by the violinist Clara Weiss "
+            "and the composer Paul Arden in 1956.",
+        ),
+        "Who founded the society that holds the Harvest Moon Festival?",
+        "Clara Weiss and Paul Arden",
+    ),
+    (
+        (
+            "Iron Valley\nIron Valley is a novel by Tom Reyes about coal miners in Wales.",
+            "Tom Reyes\nTom Reyes was a journalist who wrote for The Evening Herald from 1931 to 1944.",
+        ),
+        "For which newspaper did the author of Iron Valley write?",
+        "The Evening Herald",
+    ),
+    (
+        (
+            "Lake Orsa\nLake Orsa is a lake in northern Sweden with an area of 52 square kilometres.",
+            "Lake Varn\nLake Varn is a lake in Sweden. It has an area of 113 square kilometres and "
+            "is 40 metres deep.",
+        ),
+        "Which lake is larger, Lake Orsa or Lake Varn?",
+        "Lake Varn",
+    ),
+    (
+        (
+            "Eastgate Stadium\nEastgate Stadium is the home of the football club Hart Rovers and has "
+            "12,400 seats.",
+            "Hart Rovers\nHart Rovers are a football club from Hartwell. Their nickname is the Foxes.",
+        ),
+        "How many seats does the stadium of the Foxes have?",
+        "12,400",
+    ),
+    (
+        (
             "Peter Olsen\nPeter Olsen is a Norwegian chess player and the author of six books.",
             "Maria Duarte\nMaria Duarte is a Portuguese chess player and novelist.",
         ),
@@ -88,8 +130,10 @@ EXAMPLES = (
     ),
     (
         (
-            "Coldwater Bridge\nColdwater Bridge is a stone bridge over the River Tarn, built by Henry Moss in 1822.",
-            "Henry Moss\nHenry Moss (1780 - 1851) was an English engineer, best known for the Selby Lighthouse.",
+            "Coldwater Bridge\nColdwater Bridge is a stone bridge over the River Tarn, built by "
+            "Henry Moss in 1822.",
+            "Henry Moss\nHenry Moss (1780 - 1851) was an English engineer, best known for the Selby "
+            "Lighthouse.",
         ),
         "The engineer who built Coldwater Bridge is best known for which building?",
         "Selby Lighthouse",

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .cache_memory import top_documents
+
 RECIPROCAL_RANK_OFFSET = 60  # Cormack, Clarke and Büttcher 2009
+FUSION_DEPTH = 1000  # ranks beyond it add less than a thousandth to a fused score
 MODES = ("fused", "router", "lexical")
 
 
@@ -17,8 +20,10 @@ class RankedDocument:
 
     Attributes:
         id: number in the memory. score: what it was ranked by (fused, consensus or BM25).
-        router_rank: its rank (from 1) by the routers alone, whatever it was ranked by. consensus: its consensus score.
-        per_layer: score in each router layer. lexical: BM25 score, None without the lexical prior or a common word.
+        router_rank: its rank (from 1) by the routers alone, whatever it was ranked by. consensus: its
+            consensus score.
+        per_layer: score in each router layer. lexical: BM25 score, None without the lexical prior or a
+            common word.
     """
 
     id: int
@@ -44,7 +49,8 @@ class RetrievalRound:
 
 
 def consensus(scores: dict[int, torch.Tensor], weights: list[float] | None) -> torch.Tensor:
-    """[B, N]: weighted sum over layers of each layer's scores [B, N], standardised over the documents of a question.
+    """[B, N]: weighted sum over layers of each layer's scores [B, N], standardised over the documents of a
+    question.
 
     Documents without a score (-inf) stay at -inf.
     """
@@ -59,45 +65,51 @@ def consensus(scores: dict[int, torch.Tensor], weights: list[float] | None) -> t
     return total
 
 
-def rank(router: torch.Tensor, lexical: dict[int, float] | None, mode: str) -> list[tuple[int, float]]:
-    """(document, score) best first, equal scores by number, for one question.
+def rank(
+    router: torch.Tensor, lexical: dict[int, float] | None, mode: str, depth: int
+) -> list[tuple[int, float]]:
+    """At most `depth` (document, score) of one question, best first, equal scores by number.
 
     Args:
-        router: [N] consensus. lexical: BM25 by document. mode: "fused" (reciprocal ranks of both), "router" or "lexical".
+        router: [N] consensus. lexical: BM25 by document. mode: "fused" (reciprocal ranks of both), "router"
+            or "lexical".
     """
+    words = sorted((lexical or {}).items(), key=lambda item: (-item[1], item[0]))[:depth]
     if mode == "lexical":
-        return sorted(lexical.items(), key=lambda item: (-item[1], item[0]))
-    order = [i for i in router.argsort(descending=True, stable=True).tolist() if router[i] > -torch.inf]
+        return words
+    best = top_documents(router[None], depth)[0]
+    routed = list(zip(best.tolist(), router[best].tolist()))
     if mode == "router":
-        return [(i, float(router[i])) for i in order]
+        return routed
     fused: dict[int, float] = {}
-    words = [i for i, _ in sorted(lexical.items(), key=lambda item: (-item[1], item[0]))]
-    for ranking in (order, words):
-        for position, i in enumerate(ranking, start=1):
+    for ranking in (routed, words):
+        for position, (i, _) in enumerate(ranking, start=1):
             fused[i] = fused.get(i, 0.0) + 1.0 / (RECIPROCAL_RANK_OFFSET + position)
-    return sorted(fused.items(), key=lambda item: (-item[1], item[0]))
+    return sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:depth]
 
 
-def ranked_documents(
+def describe(
     scores: dict[int, torch.Tensor],
     row: int,
     weights: list[float] | None,
     lexical: dict[int, float] | None,
-    k: int,
-    mode: str,
+    ranking: list[tuple[int, float]] | None = None,
+    mode: str = "router",
+    k: int = 16,
 ) -> list[RankedDocument]:
-    """The k best documents of question `row` with everything that is known about them."""
-    router = consensus({layer: layer_scores[row : row + 1] for layer, layer_scores in scores.items()}, weights)[0]
-    ranks = torch.empty(len(router), dtype=torch.int64)
-    ranks[router.argsort(descending=True, stable=True).cpu()] = torch.arange(1, len(router) + 1)
+    """What is known about the documents of `ranking` for question `row`; by default the k best by `mode`."""
+    rows = {layer: layer_scores[row : row + 1] for layer, layer_scores in scores.items()}
+    router = consensus(rows, weights)[0]
+    if ranking is None:
+        ranking = rank(router, lexical, mode, max(k, FUSION_DEPTH))[:k]
     return [
         RankedDocument(
             id=i,
             score=score,
-            router_rank=int(ranks[i]),
+            router_rank=int((router > router[i]).sum() + (router[:i] == router[i]).sum()) + 1,
             consensus=float(router[i]),
-            per_layer={layer: float(layer_scores[row, i]) for layer, layer_scores in scores.items()},
+            per_layer={layer: float(values[0, i]) for layer, values in rows.items()},
             lexical=None if lexical is None else lexical.get(i),
         )
-        for i, score in rank(router, lexical, mode)[:k]
+        for i, score in ranking
     ]

@@ -1,0 +1,39 @@
+"""Which weights made a memory."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+_SAMPLES = 1024  # values hashed per tensor
+
+
+def hash_weights(decoder: nn.Module, router_layers: list[int]) -> dict[str, str]:
+    """Short hashes of the weights that a memory's vectors depend on; see `MSAForCausalLM.fingerprint`.
+
+    Args:
+        decoder: `MSAModel`; only layers up to the last router layer count.
+    """
+    parts = {"backbone": hashlib.sha256(), "routers": hashlib.sha256()}
+    depth = router_layers[-1] + 1 if router_layers else 0
+    for prefix, module in (("embed_tokens", decoder.embed_tokens), ("layers", decoder.layers[:depth])):
+        for name, tensor in sorted(effective_parameters(module).items()):
+            part = parts["routers" if "router_" in name else "backbone"]
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16)
+            part.update(f"{prefix}.{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return {name: part.hexdigest()[:16] for name, part in parts.items()}
+
+
+def effective_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by the names they have without PEFT's wrappers; a replaced original is left out."""
+    found = {}
+    for name, tensor in module.named_parameters():
+        if ".original_module." in name:
+            continue
+        parts = name.split(".")
+        if "modules_to_save" in parts:
+            index = parts.index("modules_to_save")
+            parts = parts[:index] + parts[index + 2 :]
+        found[".".join(part for part in parts if part != "base_layer")] = tensor
+    return found
