@@ -153,9 +153,11 @@ def _add_train_router(subparsers) -> None:
         "train-router",
         "train the routers of a converted model",
         'PAIRS is a file of JSON lines {"question": text, "positives": [text], "negatives": [text]},\n'
-        'or "hotpotqa" for the HotpotQA questions outside the benchmark. The backbone stays as it is.',
+        'or "hotpotqa" for the HotpotQA questions outside the benchmark. The backbone stays as it is\n'
+        "unless --lora-rank is given.",
         "msa-hf train-router ./smol-msa pairs.jsonl --out ./routers",
         "msa-hf train-router ./smol-msa hotpotqa --out ./routers --steps 1000 --seed 1",
+        "msa-hf train-router ./smol-msa pairs.jsonl --out ./adapter --lora-rank 8",
         "msa-hf convert ./backbone ./trained --routers ./routers      # then put them in",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
@@ -175,6 +177,8 @@ def _add_train_router(subparsers) -> None:
         ("seed", int, "of everything random"),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
+    parser.add_argument("--lora-rank", type=_positive, metavar="N", help="then train LoRA on attention, too")
+    parser.add_argument("--lora-steps", type=_positive, metavar="N", help="optimiser steps of that")
     _add_batch_tokens(parser, default=4096)
     _add_loading(parser)
     parser.set_defaults(run=commands.train_router)

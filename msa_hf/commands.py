@@ -111,6 +111,7 @@ def ask(options: argparse.Namespace) -> int:
 def train_router(options: argparse.Namespace) -> None:
     from .training import RouterTrainingConfig, hotpotqa_pairs, read_pairs
     from .training import train_router as train
+    from .training.lora_training import LoraTrainingConfig, train_lora
 
     # --dtype is the model's precision, not that of the saved weights.
     names = {item.name for item in fields(RouterTrainingConfig)} - {"dtype"}
@@ -122,17 +123,22 @@ def train_router(options: argparse.Namespace) -> None:
         pairs = hotpotqa_pairs(hotpotqa())
     else:
         pairs = read_pairs(options.pairs)
+    pairs = pairs[: options.limit]
     model, tokenizer = load_model(options.model, options.device, options.dtype)
     result = train(
         model,
         tokenizer,
-        pairs[: options.limit],
+        pairs,
         config,
         options.out,
         features_dir=options.features,
         batch_tokens=options.batch_tokens,
         progress=_shows_progress(),
     )
+    if options.lora_rank:
+        steps = {"steps": options.lora_steps} if options.lora_steps else {}
+        lora = LoraTrainingConfig(rank=options.lora_rank, seed=config.seed, **steps)
+        train_lora(model, tokenizer, pairs, lora, options.out, progress=_shows_progress())
     if options.json:
         _print_json({"adapter": str(options.out), **_plain(result)})
         return

@@ -61,20 +61,37 @@ def ingest(
         pieces += split_document(document, max_tokens, count_tokens)
     if not pieces:
         raise DocumentError("no text was found in the given files and folders")
+    options = {"batch_tokens": batch_tokens, "resume": resume, "progress": progress}
+    return Ingestion(remember(model, tokenizer, pieces, out, model_path=model_path, **options), documents)
+
+
+def remember(
+    model,
+    tokenizer,
+    documents: list[Document],
+    out: str | Path,
+    *,
+    model_path: str | Path | None = None,
+    batch_tokens: int = 8192,
+    resume: bool = False,
+    progress: bool = False,
+) -> MemoryBank:
+    """Makes a memory of documents as they are and saves it in `out`; see `ingest`."""
+    out = Path(out)
     batches = out.with_name(out.name + ".partial")
     if not resume:
         shutil.rmtree(batches, ignore_errors=True)
     memory = model.encode_memory(
-        [piece.content for piece in pieces],
+        [document.content for document in documents],
         tokenizer,
         batch_tokens=batch_tokens,
         progress=progress,
         resume_dir=batches,
-        metadata=provenance(pieces, model_path),
+        metadata=provenance(documents, model_path),
     )
     memory.save_pretrained(out)
     shutil.rmtree(batches, ignore_errors=True)
-    return Ingestion(memory, documents)
+    return memory
 
 
 def provenance(documents: list[Document], model_path: str | Path | None = None) -> dict[str, Any]:

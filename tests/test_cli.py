@@ -260,6 +260,12 @@ def test_train_router(capsys, tmp_path, model_folder):
     settings = ["--steps", 2, "--batch-size", 2, "--eval-every", 1, "--held-out", 1, "--seed", 3, "--json"]
     code, text, _ = run(capsys, "train-router", model_folder, pairs, "--out", out, *settings)
     assert code == 0 and "consensus" in json.loads(text) and list(out.glob("*.safetensors"))
+    lora = ["--lora-rank", 2, "--lora-steps", 1, "--held-out", 1, "--limit", 9]
+    pairs.write_text("\n".join(map(json.dumps, lines * 2)))
+    code, text, _ = run(
+        capsys, "train-router", model_folder, pairs, "--out", tmp_path / "lora", *settings, *lora
+    )
+    assert code == 0 and (tmp_path / "lora" / "lora.jsonl").is_file()
     code, _, err = run(capsys, "train-router", model_folder, pairs, "--out", out, "--temperature", 0)
     assert code == 1 and "temperature" in err
     pairs.write_text("{")
