@@ -37,13 +37,11 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
     real = torch.ones_like(doc_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if position_ids is None or not model.config.rewrite_positions:
         position_ids = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
-    documents = [
-        (doc_ids[b] == i) & real[b] for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0
-    ]
-    owners = torch.tensor([b for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
-    numbers = torch.tensor([int(i) for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0])
-    if not documents:
+    labels = [(b, int(i)) for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0]
+    if not labels:
         raise ValueError("doc_ids must hold at least one document (a label of 1 or more); got none")
+    owners, numbers = torch.tensor(labels).unbind(1)
+    documents = [(doc_ids[b] == i) & real[b] for b, i in labels]
     embeddings = model.embed_tokens(input_ids)
 
     def rows(masks, samples):
@@ -61,7 +59,7 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
     active_rows, active_positions = rows(active, range(batch))
     active_lengths = torch.stack([mask.sum() for mask in active])
     inside = torch.arange(active_rows.shape[1], device=input_ids.device) < active_lengths[:, None]
-    labels = pad_sequence([doc_ids[b][active[b]] for b in range(batch)], batch_first=True, padding_value=-1)
+    roles = pad_sequence([doc_ids[b][active[b]] for b in range(batch)], batch_first=True, padding_value=-1)
     first_document = torch.stack([(doc_ids[b] > 0).float().argmax() for b in range(batch)])
     places = pad_sequence([active[b].nonzero().squeeze(1) for b in range(batch)], batch_first=True)
     visible = owners[None] == torch.arange(batch)[:, None]
@@ -71,20 +69,17 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
         position_ids=active_positions,
         use_cache=False,
         memory=MemoryReader(bank, model.config, visible.to(input_ids.device)),
-        question_mask=(labels == 0) & inside,
+        question_mask=(roles == 0) & inside,
         memory_mask=places > first_document[:, None],
         **kwargs,
     )
     states = torch.zeros_like(embeddings)
-    for row, (mask, b) in enumerate(zip(documents, owners.tolist())):
-        states = states.index_put(
-            (torch.tensor(b), mask.nonzero().squeeze(1)), document_states[row, : lengths[row]]
-        )
-    for b in range(batch):
-        states = states.index_put(
-            (torch.tensor(b), active[b].nonzero().squeeze(1)),
-            outputs.last_hidden_state[b, : active_lengths[b]],
-        )
+    for masks, samples, rows_of, sizes in (
+        (documents, owners.tolist(), document_states, lengths),
+        (active, range(batch), outputs.last_hidden_state, active_lengths),
+    ):
+        for mask, b, row, size in zip(masks, samples, rows_of, sizes):
+            states = states.index_put((torch.tensor(b), mask.nonzero().squeeze(1)), row[:size])
     outputs.last_hidden_state = states
     outputs.document_scores = {
         layer: _by_number(scores, visible.to(scores.device), numbers.to(scores.device))
