@@ -41,17 +41,21 @@ class MemoryReader:
     Args:
         bank: `MemoryBank`. config: the model's `MSAConfig`.
         visible: [B, N] bool, documents that each sample may see; None for all.
+        top_k: documents that each router layer selects; `config.top_k_documents` by default.
     """
 
-    def __init__(self, bank, config, visible: torch.Tensor | None = None):
+    def __init__(self, bank, config, visible: torch.Tensor | None = None, top_k: int | None = None):
         self.bank, self.config, self.visible = bank, config, visible
+        self.top_k = config.top_k_documents if top_k is None else top_k
+        if self.top_k < 1:
+            raise ValueError(f"top_k_documents must be at least 1; got {self.top_k}")
         self.scores: dict[int, torch.Tensor] = {}
         self.selected: dict[int, list[torch.Tensor]] = {}
 
     @property
     def position_offset(self) -> int:
         """First position of the tokens that read: after the template head and k documents ("global RoPE")."""
-        return self.bank.head_length + self.config.top_k_documents
+        return self.bank.head_length + self.top_k
 
     def reads(self, layer: int) -> bool:
         return layer in self.bank.layers or layer in self.bank.head
@@ -70,7 +74,7 @@ class MemoryReader:
         )
         if self.visible is not None:
             scores = scores.masked_fill(~self.visible.to(scores.device), -torch.inf)
-        self.scores[layer], self.selected[layer] = scores, top_documents(scores, config.top_k_documents)
+        self.scores[layer], self.selected[layer] = scores, top_documents(scores, self.top_k)
 
     def prefix(self, layer: int, batch: int, like: torch.Tensor) -> MemoryPrefix:
         """Template head, then the selected documents' pooled K/V, with the dtype and device of `like`."""

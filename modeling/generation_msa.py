@@ -144,6 +144,7 @@ class MSAGenerationMixin(GenerationMixin):
                 prompts;
                 bare question, too); "auto" is `config.retrieval`.
             tokenizer: needed by "router" and "generative" unless the memory keeps one.
+            top_k_documents (`int`): with "attention", documents that each router layer selects.
             question_mask (`[B, T]` bool): with "attention", the tokens that route; by default all but
                 padding.
             documents_per_round, max_rounds, mode: of "router", see `interleave_msa.router_interleave`.
@@ -178,13 +179,13 @@ class MSAGenerationMixin(GenerationMixin):
             raise ValueError(
                 "use_cache must not be False with memory: the cache holds what the question has selected"
             )
-        cache = kwargs.pop("past_key_values", None)
+        cache, top_k = kwargs.pop("past_key_values", None), kwargs.pop("top_k_documents", None)
         if not getattr(cache, "is_memory_cache", False):
             if cache is not None and cache.get_seq_length():
                 raise ValueError(
                     "past_key_values must be empty when a memory is first read; it already holds tokens"
                 )
-            cache = MemoryCache(MemoryReader(memory, self.config), cache)
+            cache = MemoryCache(MemoryReader(memory, self.config, top_k=top_k), cache)
         tokenizer = kwargs.get("tokenizer") or memory.tokenizer
         sequences = super().generate(input_ids, *args, past_key_values=cache, **kwargs)
         reader = cache.reader

@@ -147,6 +147,14 @@ def test_the_output_names_documents_layers_and_scores(model, bank, batch):
         assert {d.id for d in only.documents} == {i for chosen in only.selected.values() for i, _ in chosen}
 
 
+def test_top_k_documents_of_one_call(model, bank, batch):
+    output = generate(model, batch, bank, top_k_documents=1, return_dict_in_generate=True)
+    assert all(len(chosen) == 1 for (step,) in output.rounds for chosen in step.selected.values())
+    one = tiny_model("qwen3", top_k_documents=1)
+    one.set_attn_implementation(model.config._attn_implementation)
+    assert torch.equal(output.sequences, generate(one, batch, bank))
+
+
 def test_memory_none_is_the_backbone(model, batch):
     from_backbone = super(type(model), model).generate(**batch, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(
