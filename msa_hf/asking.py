@@ -57,6 +57,7 @@ def ask(
     retrieval: str = "auto",
     k: int | None = None,
     rounds: int | None = None,
+    mode: str | None = None,
     max_new_tokens: int = 32,
 ) -> Reply:
     """Answers one question from `memory`.
@@ -65,6 +66,8 @@ def ask(
         retrieval: see `generate`.
         k: documents in the prompt at most ("router"), or documents attended to per layer ("attention").
         rounds: rounds of retrieval at most, of "router" and "generative".
+        mode: what ranks documents for "router": "fused", "router" or "lexical". By default the model's own
+            choice, but "lexical" while its routers are untrained, whose ranking would only add noise.
 
     Raises:
         ValueError: an empty question, or an option that `generate` refuses.
@@ -77,6 +80,9 @@ def ask(
     top_k = model.config.top_k_documents
     if retrieval == "router" and k is not None:
         options |= {"max_documents": k, "documents_per_round": max(1, k - k // 4)}
+    if retrieval == "router":
+        untrained = model.config.lexical_prior and not model.config.routers_trained
+        options["mode"] = mode or ("lexical" if untrained else None)
     if retrieval != "attention" and rounds is not None:
         options["max_rounds"] = rounds
     inputs = tokenizer(question, return_tensors="pt", add_special_tokens=False).to(model.device)

@@ -140,6 +140,11 @@ def _add_ask(subparsers) -> None:
     parser.add_argument("questions", metavar="QUESTION", nargs="*", help="in quotes")
     parser.add_argument("--model", help="folder of the model; default: the one that made the memory")
     parser.add_argument("--retrieval", choices=["auto", "attention", "router", "generative"], default="auto")
+    parser.add_argument(
+        "--mode",
+        choices=["fused", "router", "lexical"],
+        help="what ranks documents: routers and BM25, routers alone, BM25 alone (default: as the model says)",
+    )
     parser.add_argument("--k", type=_positive, metavar="N", help="documents to read at most")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of retrieval at most")
     parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="default 32")

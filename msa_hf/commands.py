@@ -98,6 +98,7 @@ def ask(options: argparse.Namespace) -> int:
             retrieval=options.retrieval,
             k=options.k,
             rounds=options.rounds,
+            mode=options.mode,
             max_new_tokens=options.max_new_tokens,
         )
         asked += 1

@@ -209,7 +209,12 @@ def test_ask_warns_of_untrained_routers(capsys, tmp_path, memory_folder, tiny_to
     tiny_tokenizer.save_pretrained(folder)
     options = ["--model", folder, "--max-new-tokens", 2, "--json"]
     code, out, err = run(capsys, "ask", memory_folder, "Lima?", *options)
-    assert code == 0 and "not trained" in err and json.loads(out)["routers_trained"] is False
+    reply = json.loads(out)
+    assert code == 0 and "not trained" in err and reply["routers_trained"] is False
+    # What chance says about rank must not displace what words say.
+    assert [s["score"] for s in reply["sources"]] == [s["lexical"] for s in reply["sources"]]
+    code, out, _ = run(capsys, "ask", memory_folder, "Lima?", *options, "--mode", "router")
+    assert {s["lexical"] for s in json.loads(out)["sources"]} == {None}
 
 
 def test_ask_refuses_a_memory_of_another_model(capsys, tmp_path, memory_folder, tiny_tokenizer):
