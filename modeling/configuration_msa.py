@@ -61,20 +61,17 @@ class MSAConfig(PreTrainedConfig):
 
     Args:
         router_layers (`list[int]`): layers that route and read memory; empty list means none. Default: the
-            upper half
-            (paper section 3.2).
+            upper half (paper section 3.2).
         chunk_size (`int`): tokens averaged into one memory K/V vector (P = 64 in the paper).
         router_chunk_size (`int`, *optional*): tokens averaged into one router key; divides `chunk_size`, its
             default.
         top_k_documents (`int`): documents that each router layer selects.
         separate_router (`bool`): own router projections; if false, q and k themselves route.
         score_normalization (`str`): "cosine" (both sides), "key" (only keys; the query's length weighs its
-            tokens) or
-            "dot" (neither, times head_dim ** -0.5).
+            tokens) or "dot" (neither, times head_dim ** -0.5).
         head_reduction, query_reduction, chunk_reduction (`str`): how scores over heads, question tokens and
-            chunks become one
-            score per document. "maxsim": best chunk of the document for every question token, then the mean
-            over tokens.
+            chunks become one score per document. "maxsim": best chunk of the document for every question
+            token, then the mean over tokens.
         consensus_weights (`list[float]`, *optional*): weight of each router layer in the documents'
             consensus.
         routers_trained (`bool`): False for a fresh conversion, whose routing is at chance.

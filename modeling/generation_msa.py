@@ -95,11 +95,11 @@ class MSAGenerationMixin(GenerationMixin):
         """The k best documents for each question.
 
         Args:
-            mode: "router" (the layers' consensus), "lexical" (BM25) or "fused" (reciprocal ranks of both);
-                by default
-                "fused" if `config.lexical_prior`, else "router".
+            mode: "router" (the layers' consensus), "lexical" (BM25 and the links between titles, see
+                `LexicalIndex.search_linked`) or "fused" (reciprocal ranks of both). By default "fused" with
+                `config.lexical_prior` ("lexical" while the routers are untrained), else "router".
         """
-        mode = mode or ("fused" if self.config.lexical_prior else "router")
+        mode = mode or self._default_mode()
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         if k < 1:
@@ -109,11 +109,17 @@ class MSAGenerationMixin(GenerationMixin):
         scores = self.route_questions(questions, memory, tokenizer)
         ranked = []
         for row, question in enumerate(questions):
-            lexical = (
-                dict(memory.lexical.search(question, max(k, FUSION_DEPTH))) if mode != "router" else None
-            )
+            lexical = None
+            if mode != "router":
+                depth = max(k, FUSION_DEPTH)
+                lexical = dict(memory.lexical.search_linked(question, memory.documents, depth))
             ranked.append(describe(scores, row, self.config.consensus_weights, lexical, mode=mode, k=k))
         return ranked
+
+    def _default_mode(self) -> str:
+        if not self.config.lexical_prior:
+            return "router"
+        return "fused" if self.config.routers_trained else "lexical"
 
     def answer_from(
         self, questions: list[str], documents: list[list[str]], tokenizer, **options
@@ -137,11 +143,9 @@ class MSAGenerationMixin(GenerationMixin):
             memory: from `encode_memory` or `MemoryBank.from_pretrained`; None is exactly the backbone's
                 generate.
             retrieval (`str`, default "auto"): "attention" attends to the pooled chunks of the selected
-                documents, as trained
-                MSA checkpoints need; "router" lets the routers choose documents whose original text enters
-                the prompt
-                (`input_ids` is then the bare question); "generative" lets the model name documents (MSA-4B's
-                prompts;
+                documents, as trained MSA checkpoints need; "router" lets the routers choose documents whose
+                original text enters the prompt (`input_ids` is then the bare question); "generative" lets
+                the model name documents (MSA-4B's prompts;
                 bare question, too); "auto" is `config.retrieval`.
             tokenizer: needed by "router" and "generative" unless the memory keeps one.
             top_k_documents (`int`): with "attention", documents that each router layer selects.

@@ -1,9 +1,8 @@
 """Memory Interleave: retrieval and generation in rounds (paper section 3.5, multi-hop questions).
 
 Router-directed: the routers' consensus chooses documents, whose original text enters the prompt; the grown
-context routes
-again until nothing new is found. Generative: the model writes document numbers itself, as MSA-4B was trained
-to.
+context routes again until nothing new is found. Generative: the model writes document numbers itself, as
+MSA-4B was trained to.
 """
 
 import copy
@@ -115,8 +114,7 @@ def answer_from(
 
     Args:
         documents: per question, most relevant first; as many are used as fit into the model's positions. An
-            empty list
-            asks without documents (closed book).
+            empty list asks without documents (closed book).
         max_new_tokens: answer tokens at most. generate_options: for `generate`.
     """
     room = model.config.max_position_embeddings - max_new_tokens

@@ -37,8 +37,7 @@ def document_loss(
     """Mean over samples and router layers of `config.aux_loss_method`.
 
     As in the reference, only layers of the upper half take part, scores of -inf (documents the sample does
-    not have) are left
-    out, and samples without labels or without a positive are skipped.
+    not have) are left out, and samples without labels or without a positive are skipped.
 
     Args:
         document_scores: [B, N] by router layer. labels: per sample one 0/1 per document that it has. bias:

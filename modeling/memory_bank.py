@@ -1,8 +1,7 @@
 """MemoryBank: documents with their chunk-pooled keys, values and router keys, per router layer.
 
 Axis letters: B batch, T tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, R router
-chunks, N documents,
-P memory vectors in the prefix.
+chunks, N documents, P memory vectors in the prefix.
 """
 
 from dataclasses import dataclass, field

@@ -257,9 +257,8 @@ class MSAModel(MSAPreTrainedModel):
         Args:
             input_ids: [B, T]. Causal attention never looks right, so the padding needs no mask.
             recorder: called once per router layer as recorder(layer, hidden [B, T, E], keys, values [B, G,
-                T, D]), with the
-                normalised attention input, K after RoPE, and V. In the last router layer nothing else is
-                computed.
+                T, D]), with the normalised attention input, K after RoPE, and V. In the last router layer
+                nothing else is computed.
             full: run all layers and return the last hidden state [B, T, E].
         """
         hidden_states = self.embed_tokens(input_ids)
@@ -342,8 +341,7 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
         Args:
             memory, question_mask, prefill_chunk_size: see `MSAModel.forward`.
             doc_ids: [B, T] labels of packed training rows (paper section 3.3, specs of `packed_msa`):
-                template -2,
-                question 0, documents 1..n, response -1. The documents of a row are its memory.
+                template -2, question 0, documents 1..n, response -1. The documents of a row are its memory.
             batch_aux_labels: per sample one 0/1 per document: the positives of the auxiliary loss.
             batch_answer_labels, batch_reconstruction_labels: [B, T] further labels, as `labels`.
             train_qa_samples: [B], 1 for the samples whose answer labels count (all by default).

@@ -1,8 +1,7 @@
 """The one place that chooses an implementation for the heavy operations on memory vectors.
 
 Every operation has a plain PyTorch implementation, which is its specification. Axis letters: B batch, T
-tokens, H query
-heads, G key/value heads, D head dim, W = G * D, C chunks, N documents.
+tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, N documents.
 """
 
 from collections.abc import Callable

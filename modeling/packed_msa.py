@@ -4,8 +4,8 @@
 `doc_ids` labels the tokens: documents 1..n, question 0, template -2, response and its marker -1. The row is
 unpacked into
 what the model runs anyway: documents as rows of their own, pooled into a bank with gradients, and one active
-row that reads
-it. Lengths of documents are free. Axis letters: B samples, T packed tokens, N documents of all samples.
+row that reads it. Lengths of documents are free. Axis letters: B samples, T packed tokens, N documents of
+all samples.
 """
 
 import torch
@@ -26,8 +26,7 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
 
     Returns:
         MSAModelOutput with last_hidden_state [B, T, E] (0 at padding) and document_scores [B, n + 1], where
-        column i
-        is document i of the sample and -inf where it has none (column 0 always).
+        column i is document i of the sample and -inf where it has none (column 0 always).
     """
     if input_ids.shape != doc_ids.shape:
         raise ValueError(

@@ -54,9 +54,8 @@ def answer_prompt(style: str, tokenizer, question: str, documents: Sequence[str]
     is closed book.
 
     Styles: "chat" is the tokenizer's chat template with an instruction; "examples" shows worked examples
-    first and continues
-    plain text, which small models follow far better. The most relevant document is written last, nearest to
-    the question.
+    first and continues plain text, which small models follow far better. The most relevant document is
+    written last, nearest to the question.
     """
     nearest_last = list(reversed(documents))
     if style == "examples":
