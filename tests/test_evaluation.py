@@ -12,6 +12,7 @@ import pytest
 import torch
 from backbones import BACKBONES
 from tiny_models import tiny_model
+from transformers import BertConfig, BertModel
 
 from msa_hf.evaluation import (
     answers,
@@ -172,12 +173,33 @@ def test_benchmark_joins_paragraphs_and_shares_equal_ones():
         hotpotqa.load_hotpotqa(questions=0, records=RECORDS)
 
 
-def test_rank_equals_a_sort():
+def test_nearest_equals_a_sort():
     generator = torch.Generator().manual_seed(0)
     queries, documents = torch.randn(300, 8, generator=generator), torch.randn(40, 8, generator=generator)
     expected = torch.sort(queries @ documents.T, dim=1, descending=True).indices[:, :5].tolist()
-    assert sentence_encoder.rank(queries, documents, 5) == expected
-    assert all(sorted(row) == list(range(40)) for row in sentence_encoder.rank(queries, documents, 99))
+    assert sentence_encoder.nearest(queries, documents, 5) == expected
+    assert all(sorted(row) == list(range(40)) for row in sentence_encoder.nearest(queries, documents, 99))
+
+
+def test_sentence_encoder_is_mean_pooling_of_each_text_alone(tiny_tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=259, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    bert = BertModel(config).eval()
+    bert.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    encoder = sentence_encoder.SentenceEncoder(tmp_path, max_tokens=12)
+    texts = ["a longer text than twelve tokens", "short", "x", "middle one"]
+    vectors = encoder.encode(texts, batch_tokens=24)
+    for text, vector in zip(texts, vectors):
+        ids = torch.tensor([list(tiny_tokenizer(text)["input_ids"])[:12]])
+        with torch.no_grad():
+            mean = bert(ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, mean / mean.norm(), atol=1e-5, rtol=1e-5)
+    assert encoder.encode([]).shape == (0, 16)
+    assert encoder.fingerprint() == sentence_encoder.SentenceEncoder(tmp_path, max_tokens=12).fingerprint()
+    assert encoder.fingerprint() != sentence_encoder.SentenceEncoder(tmp_path, max_tokens=11).fingerprint()
 
 
 WORDS = "amber cedar dune ember fjord grove heath inlet jetty knoll lagoon marsh north oasis prairie".split()
@@ -203,6 +225,7 @@ class StandInModel:
     """Ranks by known scores and answers from the documents that it is given: a report is then certain."""
 
     device = "cpu"
+    config = SimpleNamespace(consensus_weights=[0.0, 1.0])
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
@@ -216,21 +239,20 @@ class StandInModel:
     def route_questions(self, questions, memory, tokenizer=None):
         return {layer: torch.stack([self.layer_scores(layer, q) for q in questions]) for layer in (1, 2)}
 
-    def rank_documents(self, questions, memory, k=16, mode="fused", tokenizer=None):
-        layer = {"router": 2, "fused": 1}[mode]
-        orders = (self.layer_scores(layer, q).argsort(descending=True)[:k].tolist() for q in questions)
-        return [[SimpleNamespace(id=i) for i in order] for order in orders]
-
-    def answer(self, documents):
+    def answer_from(self, questions, documents, tokenizer, max_new_tokens=16):
+        assert len(questions) == len(documents)
         found = [re.search(r"near (\w+)", " ".join(texts)) for texts in documents]
         return [match.group(1) if match else "unknown" for match in found]
 
-    def generate(self, input_ids, memory, tokenizer, **kwargs):
-        """Reads the first gold document of every other question."""
-        chosen = [list(self.benchmark.gold[i][:1]) if i % 2 == 0 else [] for i in input_ids.tolist()]
+    def generate(self, input_ids, memory, tokenizer, mode, **kwargs):
+        """Reads the first gold document of every other question, and nothing by routers alone."""
+        chosen = [
+            list(self.benchmark.gold[i][:1]) if i % 2 == 0 and mode != "router" else []
+            for i in input_ids.tolist()
+        ]
         texts = [[memory.documents[i] for i in row] for row in chosen]
         return SimpleNamespace(
-            answers=self.answer(texts),
+            answers=self.answer_from(texts, texts, tokenizer),
             rounds=[[SimpleNamespace(documents=[SimpleNamespace(id=i)]) for i in row] for row in chosen],
         )
 
@@ -262,10 +284,9 @@ def test_retrieval_report_tells_good_from_bad(tmp_path):
         StandInModel(benchmark), None, benchmark, bank_of(benchmark), with_encoder=False, question_batch=4
     )
     names = [system.name for system in report.systems]
-    assert names == ["routers", "fused", "lexical", "BM25", "layer 1", "layer 2"]
-    for name in ("fused", "layer 1"):
-        found = {metric: estimate.mean for metric, estimate in report.system(name).metrics.items()}
-        assert found == {"recall@1": 0.5, "recall@4": 1.0, "recall@16": 1.0, "both@16": 1.0, "MRR": 1.0}
+    assert names == ["routers", "fused", "layer 1", "layer 2", "lexical", "BM25"]
+    found = {metric: estimate.mean for metric, estimate in report.system("layer 1").metrics.items()}
+    assert found == {"recall@1": 0.5, "recall@4": 1.0, "recall@16": 1.0, "both@16": 1.0, "MRR": 1.0}
     worst = report.system("layer 2").metrics
     assert worst["recall@16"].mean == 0.0 and worst["MRR"].mean == pytest.approx(1 / 17)
     assert report.system("routers").metrics == worst
@@ -276,7 +297,7 @@ def test_retrieval_report_tells_good_from_bad(tmp_path):
     assert all(name in text for name in names) and "9 questions" in text
     retrieval.save_json(report, tmp_path / "report.json")
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written["systems"][1]["metrics"]["recall@4"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert written["systems"][2]["metrics"]["recall@4"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     with pytest.raises(ValueError, match="benchmark's documents"):
         retrieval.evaluate_retrieval(None, None, small_benchmark(3), bank_of(benchmark))
     with pytest.raises(KeyError, match="no system 'x'"):
@@ -293,12 +314,7 @@ def test_retrieval_plot_is_written(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_answers_measure_the_way_from_closed_book_to_gold(monkeypatch):
-    def answer_from(model, questions, documents, tokenizer, max_new_tokens):
-        assert len(questions) == len(documents)
-        return None, model.answer(documents)
-
-    monkeypatch.setattr(answers, "answer_from", answer_from)
+def test_answers_measure_the_way_from_closed_book_to_gold():
     benchmark = small_benchmark(6)
     model, tokenizer = StandInModel(benchmark), NumberingTokenizer(benchmark)
     report = answers.evaluate_answers(
@@ -306,12 +322,14 @@ def test_answers_measure_the_way_from_closed_book_to_gold(monkeypatch):
     )
     assert report.questions == 4
     means = {name: estimate.mean for name, estimate in report.f1.items()}
-    assert means == {"closed book": 0.0, "memory": 0.5, "gold given": 1.0}
-    assert report.gap_closed["f1"].mean == 0.5 and report.gap_closed["exact_match"].mean == 0.5
-    assert report.documents_read == 0.5 and report.gold_read == 0.25
+    assert means == {"closed book": 0.0, "memory": 0.5, "routers alone": 0.0, "gold given": 1.0}
+    assert report.gap_closed["memory"]["f1"].mean == report.gap_closed["memory"]["exact_match"].mean == 0.5
+    assert report.gap_closed["routers alone"]["f1"].mean == 0.0
+    assert report.documents_read == {"memory": 0.5, "routers alone": 0.0}
+    assert report.gold_read == {"memory": 0.25, "routers alone": 0.0}
     assert [answer.answer for answer in report.answers["gold given"]] == list(benchmark.answers[:4])
     assert report.answers["memory"][2].documents == [benchmark.gold[2][0]]
-    assert "way to gold" in answers.render(report)
+    assert "25% of the gold" in answers.render(report)
     assert json.loads(json.dumps(report.to_dict()))["answers"]["memory"][1]["f1"] == 0.0
 
 
@@ -360,9 +378,12 @@ def test_retrieval_of_a_real_model_caches_its_memory(tiny, tmp_path, monkeypatch
             scores[layer].argsort(dim=1, descending=True).tolist(), benchmark.gold, 4
         )
         assert report.system(f"layer {layer}").metrics["recall@4"].mean == pytest.approx(expected.mean())
-    ranked = model.rank_documents(list(benchmark.questions), memory, k=16, mode="router", tokenizer=tokenizer)
-    expected = metrics.reciprocal_rank([[document.id for document in row] for row in ranked], benchmark.gold)
-    assert report.system("routers").metrics["MRR"].mean == pytest.approx(expected.mean())
+    for name, mode in (("routers", "router"), ("fused", "fused"), ("lexical", "lexical")):
+        ranked = model.rank_documents(list(benchmark.questions), memory, k=16, mode=mode, tokenizer=tokenizer)
+        ids = [[document.id for document in row] for row in ranked]
+        expected = retrieval.score_rankings(ids, benchmark)
+        for metric, estimate in report.system(name).metrics.items():
+            assert estimate.mean == pytest.approx(expected[metric].mean())
 
     monkeypatch.setattr(type(model), "encode_memory", None)  # a second run must not encode
     again = retrieval.evaluate_retrieval(model, tokenizer, benchmark, with_encoder=False, cache_dir=tmp_path)
@@ -390,9 +411,9 @@ def test_answers_of_a_real_model_share_prompt_and_decoding(tiny):
     )
     for answer in report.answers["memory"]:
         texts = [benchmark.documents[i] for i in answer.documents]
-        alone = answers.answer_from(model, [answer.question], [texts], tokenizer, max_new_tokens=4)[1]
+        alone = model.answer_from([answer.question], [texts], tokenizer, max_new_tokens=4)
         assert texts and [answer.answer] == alone
-    assert report.documents_read == np.mean([len(a.documents) for a in report.answers["memory"]])
+    assert report.documents_read["memory"] == np.mean([len(a.documents) for a in report.answers["memory"]])
     assert "memory" in answers.render(report)
 
 

@@ -47,6 +47,8 @@ class CostReport:
     encoding: Timing  # encode_memory
     backbone: Timing  # the plain backbone's forward over the same batches, without lm_head
     encoding_ratio: float  # tokens/s of encode_memory over tokens/s of the backbone
+    layers_encoded: int  # encoding stops after the last router layer
+    layers: int
     memory_documents: int
     memory_tokens: int
     prompt_tokens: int
@@ -72,7 +74,7 @@ def evaluate_cost(
     *,
     question: str = "Which documents in this memory tell of two people who met at the same place?",
     checkpoint: str | Path | None = None,
-    sample: int = 256,
+    sample: int = 128,
     repetitions: int = 5,
     batch_tokens: int = 8192,
 ) -> CostReport:
@@ -98,6 +100,8 @@ def evaluate_cost(
         encoding=encoding,
         backbone=backbone,
         encoding_ratio=backbone.median / encoding.median,
+        layers_encoded=max(bank.router_layers) + 1,
+        layers=model.config.num_hidden_layers,
         memory_documents=len(memory),
         memory_tokens=int(memory.num_tokens),
         prompt_tokens=inputs["input_ids"].shape[1],
@@ -269,7 +273,8 @@ def render(report: CostReport) -> str:
         f"encoding {tokens:,} tokens (median [fastest, slowest] of {report.encoding.repetitions}):",
         f"  encode_memory          {report.encoding}  {tokens / report.encoding.median:,.0f} tokens/s",
         f"  plain backbone         {report.backbone}  {tokens / report.backbone.median:,.0f} tokens/s",
-        f"  ratio of speeds        {report.encoding_ratio:.2f}",
+        f"  ratio of speeds        {report.encoding_ratio:.2f}  (encoding runs {report.layers_encoded} of "
+        f"{report.layers} layers, and tokenizes and pools)",
         f"first token of a {report.prompt_tokens}-token prompt, memory of {report.memory_tokens:,} tokens "
         f"({report.memory_documents:,} documents):",
         f"  with memory            {report.first_token_with_memory}",

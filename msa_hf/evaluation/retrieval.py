@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from msa_hf.evaluation import metrics
 from msa_hf.evaluation.cached_memory import benchmark_memory, cached_embeddings
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.hotpotqa import HotpotQA
 from msa_hf.evaluation.metrics import Estimate
-from msa_hf.evaluation.sentence_encoder import SentenceEncoder, rank
+from msa_hf.evaluation.sentence_encoder import SentenceEncoder, nearest
 from msa_hf.modeling.lexical import LexicalIndex
+from msa_hf.modeling.retrieval_msa import FUSION_DEPTH, consensus, rank
 
 RECALL_CUTS = (1, 4, 16)
 DEPTH = 100  # documents ranked per question: MRR counts nothing below
@@ -37,7 +37,7 @@ class SystemResult:
 
     name: str
     metrics: dict[str, Estimate]
-    seconds: float  # for ranking all questions
+    seconds: float  # per question; the routers, their layers and the fusion share one routing
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,20 @@ def evaluate_retrieval(
     memory_seconds = time.perf_counter() - start
 
     questions = list(benchmark.questions)
-    systems: dict[str, Callable[[], list[list[int]]]] = {
-        ROUTER: lambda: _ranked(model, tokenizer, questions, memory, "router", question_batch),
-        FUSED: lambda: _ranked(model, tokenizer, questions, memory, "fused", question_batch),
+    start = time.perf_counter()
+    rankings = rank_with_model(model, tokenizer, questions, memory, question_batch)
+    routing_seconds = time.perf_counter() - start
+    seconds = dict.fromkeys(rankings, routing_seconds / len(questions))
+    peers: dict[str, Callable[[], list[list[int]]]] = {
         LEXICAL: lambda: _searched(memory.lexical, questions),
         BM25: lambda: _searched(LexicalIndex.plain(benchmark.documents), questions),
     }
     if with_encoder:
-        systems[ENCODER] = lambda: _embedded(encoder, questions, benchmark.documents, cache_dir)
-    rankings, seconds = {}, {}
-    for name, run in systems.items():
+        peers[ENCODER] = lambda: _embedded(encoder, questions, benchmark.documents, cache_dir)
+    for name, run in peers.items():
         start = time.perf_counter()
         rankings[name] = run()
-        seconds[name] = time.perf_counter() - start
-    if len(memory.router_layers) > 1:
-        start = time.perf_counter()
-        layers = _per_layer(model, tokenizer, questions, memory, question_batch)
-        rankings |= layers
-        seconds |= dict.fromkeys(layers, (time.perf_counter() - start) / len(layers))
+        seconds[name] = (time.perf_counter() - start) / len(questions)
 
     scores = {name: score_rankings(ids, benchmark) for name, ids in rankings.items()}
     results = [
@@ -153,26 +149,27 @@ def _differences(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str
     }
 
 
-def _batches(questions: list[str], size: int) -> Iterator[list[str]]:
-    for start in range(0, len(questions), size):
-        yield questions[start : start + size]
+def rank_with_model(
+    model: Any, tokenizer: Any, questions: Sequence[str], memory: Any, question_batch: int
+) -> dict[str, list[list[int]]]:
+    """The routers' consensus, its fusion with the lexical index, and each layer alone, from one routing.
 
-
-def _ranked(model, tokenizer, questions, memory, mode: str, size: int) -> list[list[int]]:
-    return [
-        [document.id for document in row]
-        for batch in _batches(questions, size)
-        for row in model.rank_documents(batch, memory, k=DEPTH, mode=mode, tokenizer=tokenizer)
-    ]
-
-
-def _per_layer(model, tokenizer, questions, memory, size: int) -> dict[str, list[list[int]]]:
-    """Each router layer's own ranking, by the name "layer N"."""
-    rankings: dict[str, list[list[int]]] = {f"layer {layer}": [] for layer in memory.router_layers}
-    for batch in _batches(questions, size):
-        for layer, scores in model.route_questions(batch, memory, tokenizer=tokenizer).items():
-            best = torch.as_tensor(scores).topk(min(DEPTH, scores.shape[1]), dim=1).indices
-            rankings[f"layer {layer}"].extend(best.tolist())
+    The first two are what `model.rank_documents` gives.
+    """
+    rankings: dict[str, list[list[int]]] = {ROUTER: [], FUSED: []}
+    for start in range(0, len(questions), question_batch):
+        batch = list(questions[start : start + question_batch])
+        scores = model.route_questions(batch, memory, tokenizer=tokenizer)
+        totals = consensus(scores, model.config.consensus_weights)
+        for row, question in enumerate(batch):
+            lexical = dict(memory.lexical.search(question, FUSION_DEPTH))
+            for name, mode in ((ROUTER, "router"), (FUSED, "fused")):
+                ranking = rank(totals[row], lexical, mode, FUSION_DEPTH)
+                rankings[name].append([number for number, _ in ranking[:DEPTH]])
+        if len(scores) > 1:
+            for layer, values in scores.items():
+                best = values.topk(min(DEPTH, values.shape[1]), dim=1).indices.tolist()
+                rankings.setdefault(f"layer {layer}", []).extend(best)
     return rankings
 
 
@@ -184,7 +181,7 @@ def _embedded(encoder, questions, documents, cache_dir) -> list[list[int]]:
     if not isinstance(encoder, SentenceEncoder):
         encoder = SentenceEncoder(encoder)
     vectors = cached_embeddings(encoder.fingerprint(), documents, encoder.encode, cache_dir)
-    return rank(encoder.encode(questions), vectors, DEPTH)
+    return nearest(encoder.encode(questions), vectors, DEPTH)
 
 
 def render(report: RetrievalReport) -> str:

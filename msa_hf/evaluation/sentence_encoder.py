@@ -30,7 +30,7 @@ class SentenceEncoder:
             folder = minilm_folder()
         self.device = torch.device(device)
         self.max_tokens = max_tokens
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", truncation_side="right")
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().to(self.device)
 
     def fingerprint(self) -> str:
@@ -58,7 +58,7 @@ class SentenceEncoder:
         return vectors
 
 
-def rank(queries: torch.Tensor, documents: torch.Tensor, k: int) -> list[list[int]]:
+def nearest(queries: torch.Tensor, documents: torch.Tensor, k: int) -> list[list[int]]:
     """Ids of the `k` documents [N, E] with the largest dot product, best first, per query [Q, E]."""
     k = min(k, documents.shape[0])
     return [
