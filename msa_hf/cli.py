@@ -184,7 +184,7 @@ def _add_train_router(subparsers) -> None:
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
     parser.add_argument("--lora-rank", type=_positive, metavar="N", help="then train LoRA on attention, too")
     parser.add_argument("--lora-steps", type=_positive, metavar="N", help="optimiser steps of that")
-    _add_batch_tokens(parser, default=4096)
+    _add_batch_tokens(parser)
     _add_loading(parser)
     parser.set_defaults(run=commands.train_router)
 
@@ -242,10 +242,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_batch_tokens(parser: argparse.ArgumentParser, default: int = 8192) -> None:
-    parser.add_argument(
-        "--batch-tokens", type=_positive, default=default, metavar="N", help=f"per batch (default {default})"
-    )
+def _add_batch_tokens(parser: argparse.ArgumentParser) -> None:
+    text = "tokens encoded at once (default 2048 on a CPU, 16384 elsewhere)"
+    parser.add_argument("--batch-tokens", type=_positive, metavar="N", help=text)
 
 
 def _examples(*lines: str) -> str:

@@ -121,7 +121,8 @@ def memory_of(
             return MemoryBank.from_pretrained(target, model=model, tokenizer=tokenizer), False
         except MSAError as error:
             print(f"encoding again: {error}")
-    options = {"resume": not fresh, "progress": True, "model_path": checkpoint}
+    batch_tokens = 2048 if model.device.type == "cpu" else 16384
+    options = {"resume": not fresh, "progress": True, "model_path": checkpoint, "batch_tokens": batch_tokens}
     return remember(model, tokenizer, documents, target, **options), True
 
 
