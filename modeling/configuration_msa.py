@@ -25,6 +25,9 @@ CHOICES = {
     "prompt_format": ("chat", "msa"),
     "answer_style": ("chat", "examples"),
 }
+SMALL_HIDDEN_SIZE = (
+    1024  # below it, frozen backbones retrieve with a lexical prior and answer after worked examples
+)
 _BACKBONE_FIELDS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim hidden_act "
@@ -131,7 +134,7 @@ class MSAConfig(PreTrainedConfig):
     consensus_weights: list[float] | None = None
     routers_trained: bool = False
     retrieval: str = "router"
-    lexical_prior: bool = True
+    lexical_prior: bool = False
     prompt_format: str = "chat"
     answer_style: str = "chat"
 
@@ -264,7 +267,10 @@ class MSAConfig(PreTrainedConfig):
         _refuse_sliding_window(kind, backbone.to_dict())
         fields = {name: getattr(backbone, name) for name in _BACKBONE_FIELDS if hasattr(backbone, name)}
         bias = bool(getattr(backbone, "attention_bias", False))
+        small = fields["hidden_size"] < SMALL_HIDDEN_SIZE
         fields.update(
+            lexical_prior=small,
+            answer_style="examples" if small else "chat",
             backbone_type=kind,
             qk_norm=kind == "qwen3",
             attention_bias=kind == "qwen2" or bias,

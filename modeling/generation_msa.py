@@ -48,7 +48,7 @@ class MSAGenerationMixin(GenerationMixin):
 
         Args:
             documents: texts; an empty list and empty texts are allowed. tokenizer: the model's.
-            batch_tokens (`int`): padded tokens that run through the model at once; 2048 on a CPU, 16384 elsewhere.
+            batch_tokens (`int`): padded tokens run through the model at once; 2048 on a CPU, else 16384.
             progress (`bool`): show a progress bar.
             resume_dir (`str`): keep finished batches there, so that an interrupted call goes on where it
                 stopped.

@@ -118,12 +118,13 @@ def answer_from(
         max_new_tokens: answer tokens at most. generate_options: for `generate`.
     """
     room = model.config.max_position_embeddings - max_new_tokens
-    style = model.config.answer_style
-    prefix = ""
+    style, prefix = model.config.answer_style, ""
+    if len(_tokens(tokenizer, answer_prompt(style, tokenizer, "", [])[0])) > room // 2:
+        style = "chat"  # worked examples would leave no room for documents
     prompts = []
     for question, texts in zip(questions, documents):
         prefix, prompt = answer_prompt(style, tokenizer, question, texts)
-        while texts and len(tokenizer(prefix + prompt, add_special_tokens=False)["input_ids"]) > room:
+        while texts and len(_tokens(tokenizer, prefix + prompt)) > room:
             texts = (
                 texts[:-1]
                 if len(texts) > 1
@@ -133,7 +134,7 @@ def answer_from(
             )
             prefix, prompt = answer_prompt(style, tokenizer, question, texts)
         prompts.append(prompt)
-    rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    rows = _tokens(tokenizer, prompts)
     ids, mask = left_pad([torch.tensor(row) for row in rows], pad_id(tokenizer), model.device)
     cache = None
     if prefix:
@@ -277,7 +278,7 @@ class _Dialogue:
         return torch.tensor([int(routes) for tokens, routes in self.parts for _ in tokens], dtype=torch.int64)
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return _tokens(self.tokenizer, text)
 
     def _append(self, tokens: list[int], routes: bool) -> None:
         self.parts.append((tokens, routes))
@@ -334,6 +335,10 @@ def left_pad(rows: list[torch.Tensor], value: int, device) -> tuple[torch.Tensor
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]
     return ids.to(device), mask.long().to(device)
+
+
+def _tokens(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def pad_id(tokenizer) -> int:

@@ -77,30 +77,25 @@ def ask(
         raise ValueError("the question must not be empty")
     retrieval = model.config.retrieval if retrieval == "auto" else retrieval
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    top_k = model.config.top_k_documents
-    if retrieval == "router" and k is not None:
-        options |= {"max_documents": k, "documents_per_round": max(1, k - k // 4)}
     if retrieval == "router":
-        untrained = model.config.lexical_prior and not model.config.routers_trained
-        options["mode"] = mode or ("lexical" if untrained else None)
+        options["mode"] = mode
+        if k is not None:
+            options |= {"max_documents": k, "documents_per_round": max(1, k - k // 4)}
+    elif retrieval == "attention" and k is not None:
+        options["top_k_documents"] = k
     if retrieval != "attention" and rounds is not None:
         options["max_rounds"] = rounds
     inputs = tokenizer(question, return_tensors="pt", add_special_tokens=False).to(model.device)
     start = time.perf_counter()
-    try:
-        if retrieval == "attention" and k is not None:
-            model.config.top_k_documents = k
-        output = model.generate(
-            **inputs,
-            memory=memory,
-            tokenizer=tokenizer,
-            retrieval=retrieval,
-            do_sample=False,
-            return_dict_in_generate=True,
-            **options,
-        )
-    finally:
-        model.config.top_k_documents = top_k
+    output = model.generate(
+        **inputs,
+        memory=memory,
+        tokenizer=tokenizer,
+        retrieval=retrieval,
+        do_sample=False,
+        return_dict_in_generate=True,
+        **options,
+    )
     seconds = time.perf_counter() - start
     found = output.rounds[0] if output.rounds else []
     sources = [

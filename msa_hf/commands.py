@@ -62,7 +62,7 @@ def ingest(options: argparse.Namespace) -> None:
         options.out,
         model_path=os.path.abspath(options.model) if os.path.isdir(options.model) else options.model,
         max_tokens=options.max_tokens,
-        batch_tokens=batch_tokens(options, model),
+        batch_tokens=options.batch_tokens,
         resume=options.resume,
         progress=_shows_progress(),
         on_error=(lambda error: logger.warning("%s", error)) if options.keep_going else None,
@@ -133,8 +133,8 @@ def train_router(options: argparse.Namespace) -> None:
         config,
         options.out,
         features_dir=options.features,
-        batch_tokens=batch_tokens(options, model),
         progress=_shows_progress(),
+        **_batch_tokens(options),
     )
     if options.lora_rank:
         steps = {"steps": options.lora_steps} if options.lora_steps else {}
@@ -157,7 +157,7 @@ def evaluate(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.model, options.device, options.dtype)
     warn_untrained(model)
     benchmark = load_hotpotqa(options.memory_questions)
-    batch = {"batch_tokens": batch_tokens(options, model)}
+    batch = _batch_tokens(options)
     shared = {"cache_dir": options.cache, "progress": _shows_progress(), **batch}
     if options.suite == "retrieval":
         suite = retrieval
@@ -196,9 +196,8 @@ def load_model(path: str, device: str | None = None, dtype: str = "auto"):
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def batch_tokens(options: argparse.Namespace, model) -> int:
-    """Tokens per batch: small ones stay in a CPU's caches (measured 1.5 times as fast at 2048 as at 8192)."""
-    return options.batch_tokens or (2048 if model.device.type == "cpu" else 16384)
+def _batch_tokens(options: argparse.Namespace) -> dict[str, int]:
+    return {"batch_tokens": options.batch_tokens} if options.batch_tokens else {}
 
 
 def warn_untrained(model) -> None:

@@ -30,7 +30,7 @@ def ingest(
     *,
     model_path: str | Path | None = None,
     max_tokens: int = 256,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     resume: bool = False,
     progress: bool = False,
     on_error: Callable[[DocumentError], None] | None = None,
@@ -72,7 +72,7 @@ def remember(
     out: str | Path,
     *,
     model_path: str | Path | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     resume: bool = False,
     progress: bool = False,
 ) -> MemoryBank:

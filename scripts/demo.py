@@ -121,8 +121,7 @@ def memory_of(
             return MemoryBank.from_pretrained(target, model=model, tokenizer=tokenizer), False
         except MSAError as error:
             print(f"encoding again: {error}")
-    batch_tokens = 2048 if model.device.type == "cpu" else 16384
-    options = {"resume": not fresh, "progress": True, "model_path": checkpoint, "batch_tokens": batch_tokens}
+    options = {"resume": not fresh, "progress": True, "model_path": checkpoint}
     return remember(model, tokenizer, documents, target, **options), True
 
 

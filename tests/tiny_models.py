@@ -11,6 +11,7 @@ MEMORY = {
     "router_chunk_size": 4,
     "top_k_documents": 3,
     "routers_trained": True,
+    "answer_style": "chat",
 }
 DOCUMENTS = [
     "Ada wrote the first program in 1843.",
