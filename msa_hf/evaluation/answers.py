@@ -225,7 +225,7 @@ def render(report: AnswerReport) -> str:
     for name, gap in report.gap_closed.items():
         lines.append(
             f"{name:13} {str(gap['exact_match']):>20} {str(gap['f1']):>20}   "
-            f"{report.documents_read[name]:.1f} documents read, {report.gold_read[name]:.0%} of the gold among them"
+            f"{report.documents_read[name]:.1f} documents read, {report.gold_read[name]:.0%} of the gold"
         )
     return "\n".join(lines)
 
