@@ -164,7 +164,7 @@ def test_training_scores_equal_routing(pairs, tokenizer, tmp_path, normalization
             chunks, batch, tokens, np.diff(features.question_offsets).tolist()
         )
     expected = routing_scores(model, tokenizer, questions, documents)[1]
-    assert torch.allclose(scores, expected, rtol=0, atol=3e-3 * float(expected.std() + expected.abs().mean()))
+    assert torch.allclose(scores, expected, rtol=0, atol=1e-2 * float(expected.std() + expected.abs().mean()))
 
 
 def test_batched_loss_is_the_mean_of_the_models_loss():
@@ -281,6 +281,7 @@ def test_hotpotqa_pairs_keep_the_benchmark_out():
     (pair,) = hotpotqa_pairs(records, held_out=1)
     assert pair.question == "kept" and pair.positives == ("D\nAbout D. More.", "E\nAbout E. More.")
     assert pair.negatives == ("C\nAbout C. More.",)
+    assert hotpotqa_pairs(records, 1, distractors_of=0) == [RouterPair(pair.question, pair.positives)]
 
 
 def test_bad_settings_are_refused(pairs, tokenizer, tmp_path):

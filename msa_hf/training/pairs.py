@@ -40,7 +40,9 @@ def write_pairs(path: str | Path, pairs: Iterable[RouterPair]) -> None:
         file.writelines(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs)
 
 
-def hotpotqa_pairs(records: list[dict], held_out: int = 1000, limit: int | None = None) -> list[RouterPair]:
+def hotpotqa_pairs(
+    records: list[dict], held_out: int = 1000, limit: int | None = None, distractors_of: int | None = None
+) -> list[RouterPair]:
     """Pairs from HotpotQA records after the first `held_out`, which are the standing benchmark.
 
     No paragraph that is gold for a held-out question is used, and no question that needs such a paragraph.
@@ -48,13 +50,17 @@ def hotpotqa_pairs(records: list[dict], held_out: int = 1000, limit: int | None 
     Args:
         records: as `msa_hf.packages.hotpotqa()` gives them.
         limit: number of records to look at after the held-out ones; all by default.
+        distractors_of: of so many of these the distractors become negatives; the rest give positives only,
+            which are quicker to encode. All by default.
     """
     benchmark = {text for record in records[:held_out] for text, gold in paragraphs(record) if gold}
     pairs = []
-    for record in records[held_out : None if limit is None else held_out + limit]:
+    for number, record in enumerate(records[held_out : None if limit is None else held_out + limit]):
         marked = paragraphs(record)
         positives = tuple(dict.fromkeys(text for text, gold in marked if gold))
         negatives = dict.fromkeys(text for text, gold in marked if not gold and text not in benchmark)
+        if distractors_of is not None and number >= distractors_of:
+            negatives = {}
         if positives and not benchmark.intersection(positives):
             pairs.append(RouterPair(record["question"], positives, tuple(negatives)))
     return pairs

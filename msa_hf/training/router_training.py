@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from .adapter import router_weights, save_router_adapter
@@ -22,7 +23,8 @@ from .pairs import RouterPair
 from .recall import consensus_weights, document_ranks, recall_figures
 
 logger = logging.get_logger(__name__)
-_SCORE_BLOCK = 20_000  # chunks scored at once against the held-out questions
+_SCORE_BLOCK = 20_000  # chunks scored at once against a block of questions
+_MINING_BLOCK = 256  # questions
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class RouterTrainingConfig:
         mining_depth: how many such documents are kept per question; mined anew at the start of each round
             after the first, which has none.
         mining_rounds: number of equal parts of `steps`; 1 means no mining.
+        mining_documents: size of the random part of the documents that is searched for hard negatives.
+        token_dropout: fraction of a question's tokens left out of each training step.
+        state_dropout: fraction of the whitened states' entries set to zero in each training step.
         held_out: questions kept for choosing the best step and the layers' weights; at most a quarter of all.
         eval_every: steps between two evaluations on them.
         patience: evaluations without a better recall@16 after which a layer stops.
@@ -46,15 +51,18 @@ class RouterTrainingConfig:
         dtype: of the saved weights, "bfloat16" or "float32".
     """
 
-    steps: int = 600
+    steps: int = 750
     batch_size: int = 32
     learning_rate: float = 1e-3
     temperature: float = 0.02
     hard_negatives: int = 4
     mining_depth: int = 30
     mining_rounds: int = 2
+    mining_documents: int = 8000
+    token_dropout: float = 0.1
+    state_dropout: float = 0.1
     held_out: int = 250
-    eval_every: int = 100
+    eval_every: int = 250
     patience: int = 4
     consensus: str = "learned"
     seed: int = 0
@@ -66,6 +74,7 @@ class RouterTrainingConfig:
             "batch_size",
             "mining_depth",
             "mining_rounds",
+            "mining_documents",
             "held_out",
             "eval_every",
             "patience",
@@ -75,6 +84,9 @@ class RouterTrainingConfig:
         for name in ("learning_rate", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+        for name in ("token_dropout", "state_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
         if self.hard_negatives < 0:
             raise ValueError(f"hard_negatives must be at least 0; got {self.hard_negatives}")
         if self.consensus not in ("uniform", "learned"):
@@ -129,6 +141,7 @@ def train_router(
         ValueError: bad settings, or too few pairs to train and hold out questions.
     """
     started, output_dir = time.perf_counter(), Path(output_dir)
+    torch.manual_seed(config.seed)
     data = _index(pairs, config)
     output_dir.mkdir(parents=True, exist_ok=True)
     features = encode_features(
@@ -246,7 +259,7 @@ class _LayerTrainer:
         return figures, scores
 
     def evaluate(self) -> tuple[dict[str, float], torch.Tensor]:
-        scores = self._score_corpus(self.data.held_out)
+        scores = self._score(self.corpus, self.data.held_out)
         positives = [self.data.positives[index] for index in self.data.held_out]
         return recall_figures(document_ranks([scores], [1.0]), positives), scores
 
@@ -260,9 +273,8 @@ class _LayerTrainer:
                 )
         documents = DocumentBatch.of(np.unique(np.concatenate(parts)), self.features.chunk_offsets)
         self.router.train()
-        scores = self.router.scores(
-            self.chunks[torch.from_numpy(documents.rows)], documents, *self._question_states(batch)
-        )
+        chunks = F.dropout(self.chunks[torch.from_numpy(documents.rows)], self.config.state_dropout)
+        scores = self.router.scores(chunks, documents, *self._dropped(*self._question_states(batch)))
         positives = torch.from_numpy(
             np.stack([np.isin(documents.documents, data.positives[index]) for index in batch])
         )
@@ -271,29 +283,39 @@ class _LayerTrainer:
     @torch.no_grad()
     def _mine(self) -> None:
         """For every training question, the best-ranked documents that are not positive."""
-        depth = min(self.config.mining_depth, len(self.features.documents) - 1)
-        for batch in np.array_split(self.data.train, -(-len(self.data.train) // 128)):
-            for index, row in zip(batch, self._score_corpus(batch)):
-                row[torch.from_numpy(self.data.positives[index])] = -torch.inf
-                keep = int(torch.isfinite(row).sum())
-                self.hard[int(index)] = row.topk(min(depth, keep)).indices.numpy()
+        total, data = len(self.features.documents), self.data
+        chosen = self.random.permutation(total)[: self.config.mining_documents]
+        searched = DocumentBatch.of(np.sort(chosen), self.features.chunk_offsets)
+        for batch in np.array_split(data.train, -(-len(data.train) // _MINING_BLOCK)):
+            for index, row in zip(batch, self._score(searched, batch)):
+                row[torch.from_numpy(data.positives[index])] = -torch.inf
+                keep = min(self.config.mining_depth, int(torch.isfinite(row).sum()))
+                self.hard[int(index)] = row.topk(keep).indices.numpy()
 
     @torch.no_grad()
-    def _score_corpus(self, questions: np.ndarray) -> torch.Tensor:
-        """[B, N] scores of all documents, computed block by block."""
+    def _score(self, batch: DocumentBatch, questions: np.ndarray) -> torch.Tensor:
+        """[B, N] scores of the documents of `batch`, computed block by block; -inf for all others."""
         self.router.eval()
         states = self._question_states(questions)
-        scores = torch.empty(len(questions), len(self.features.documents))
+        scores = torch.full((len(questions), len(self.features.documents)), -torch.inf)
         start = row = 0
-        for size, number in self.corpus.groups:
+        for size, number in batch.groups:
             while number:
                 take = min(number, max(1, _SCORE_BLOCK // size))
-                rows = self.corpus.rows[row : row + take * size]
-                documents = self.corpus.documents[start : start + take]
+                rows = batch.rows[row : row + take * size]
+                documents = batch.documents[start : start + take]
                 block = DocumentBatch(documents, rows, [(size, take)])
                 scores[:, documents] = self.router.scores(self.chunks[torch.from_numpy(rows)], block, *states)
                 start, row, number = start + take, row + take * size, number - take
         return scores
+
+    def _dropped(self, states: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Question states without some tokens and entries; every question keeps at least one token."""
+        keep = torch.from_numpy(self.random.random(len(states)) >= self.config.token_dropout)
+        for part in keep.split(lengths):
+            part[0] |= ~part.any()
+        lengths = [int(part.sum()) for part in keep.split(lengths)]
+        return F.dropout(states[keep], self.config.state_dropout), lengths
 
     def _question_states(self, questions: np.ndarray) -> tuple[torch.Tensor, list[int]]:
         offsets = self.features.question_offsets
