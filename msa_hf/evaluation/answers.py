@@ -1,6 +1,7 @@
 """Answer quality: closed book, from memory, and with the gold paragraphs given, in one run.
 
-All settings share the prompt template and the decoding; only the documents in the prompt differ. Reported are
+All settings share the prompt template and the decoding; only the documents in the prompt differ (closed
+book leaves those of worked examples out, too). Reported are
 exact match and F1 of HotpotQA, and how much of the way from closed book to gold the memory goes, as the model
 ranks documents by default and by its routers alone.
 """
