@@ -12,7 +12,7 @@ from .cache_memory import MemoryCache, MemoryReader
 from .interleave_msa import Interleave, answer_from, generative_interleave, router_interleave
 from .memory_bank import MemoryBank
 from .memory_encoding import encode_documents, pad_rows
-from .retrieval_msa import FUSION_DEPTH, MODES, RankedDocument, RetrievalRound, consensus, describe
+from .retrieval_msa import MODES, RankedDocument, RetrievalRound, consensus, describe, lexical_scores
 
 logger = logging.get_logger(__name__)
 RETRIEVALS = ("auto", "attention", "router", "generative")
@@ -109,10 +109,7 @@ class MSAGenerationMixin(GenerationMixin):
         scores = self.route_questions(questions, memory, tokenizer)
         ranked = []
         for row, question in enumerate(questions):
-            lexical = None
-            if mode != "router":
-                depth = max(k, FUSION_DEPTH)
-                lexical = dict(memory.lexical.search_linked(question, memory.documents, depth))
+            lexical = lexical_scores(memory, question, k) if mode != "router" else None
             ranked.append(describe(scores, row, self.config.consensus_weights, lexical, mode=mode, k=k))
         return ranked
 

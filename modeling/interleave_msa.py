@@ -28,6 +28,8 @@ from .prompts_msa import (
 )
 from .retrieval_msa import RetrievalRound, describe
 
+TITLE_WORDS = 24  # of a text's first line that route in the next round
+
 
 @dataclass
 class Interleave:
@@ -97,8 +99,12 @@ def router_interleave(
 
 
 def grown_query(question: str, documents: list[str]) -> str:
-    """What routes after the first round: the question with the texts found last."""
-    return "\n".join([question, *documents])
+    """What routes after the first round: the question with the first line (the title) of each text found.
+
+    Whole texts route worse: their own words outvote the question's (LOG.md).
+    """
+    titles = [" ".join(text.strip().partition("\n")[0].split()[:TITLE_WORDS]) for text in documents]
+    return "\n".join([question, *titles])
 
 
 def answer_from(

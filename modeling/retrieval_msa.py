@@ -65,6 +65,12 @@ def consensus(scores: dict[int, torch.Tensor], weights: list[float] | None) -> t
     return total
 
 
+def lexical_scores(memory, question: str, k: int = 0) -> dict[int, float]:
+    """BM25 with one step along the links between titles, by document, best first, at least k deep."""
+    depth = max(k, FUSION_DEPTH)
+    return dict(memory.lexical.search_linked(question, memory.documents, depth))
+
+
 def rank(
     router: torch.Tensor, lexical: dict[int, float] | None, mode: str, depth: int
 ) -> list[tuple[int, float]]:

@@ -284,7 +284,7 @@ def test_retrieval_report_tells_good_from_bad(tmp_path):
         StandInModel(benchmark), None, benchmark, bank_of(benchmark), with_encoder=False, question_batch=4
     )
     names = [system.name for system in report.systems]
-    assert names == ["routers", "fused", "layer 1", "layer 2", "lexical", "BM25"]
+    assert names == ["routers", "fused", "layer 1", "layer 2", "lexical", "BM25 tuned", "BM25"]
     found = {metric: estimate.mean for metric, estimate in report.system("layer 1").metrics.items()}
     assert found == {"recall@1": 0.5, "recall@4": 1.0, "recall@16": 1.0, "both@16": 1.0, "MRR": 1.0}
     worst = report.system("layer 2").metrics

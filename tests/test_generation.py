@@ -176,7 +176,8 @@ def test_router_interleave_answers_from_the_texts_it_reports(model, bank, tiny_t
         ids = [document.id for step in rounds for document in step.documents]
         assert 1 <= len(ids) == len(set(ids)) <= 3
         assert rounds[0].query == QUESTIONS[row]
-        assert all(DOCUMENTS[step.documents[0].id] in after.query for step, after in zip(rounds, rounds[1:]))
+        titles = [DOCUMENTS[step.documents[0].id].split("\n")[0] for step in rounds]
+        assert [step.query for step in rounds[1:]] == [f"{QUESTIONS[row]}\n{title}" for title in titles[:-1]]
         ranked = model.rank_documents([QUESTIONS[row]], bank, k=1, mode="router", tokenizer=tiny_tokenizer)[0]
         assert [d.id for d in rounds[0].documents] == [d.id for d in ranked]
         assert rounds[0].documents[0].per_layer == pytest.approx(ranked[0].per_layer, abs=1e-5)

@@ -19,7 +19,7 @@ import torch
 
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.peak_memory import EncodingMemory, measure_encoding
-from msa_hf.modeling.memory_encoding import length_batches, pad_rows, tokenize_documents
+from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS, length_batches, pad_rows, tokenize_documents
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def evaluate_cost(
     checkpoint: str | Path | None = None,
     sample: int = 128,
     repetitions: int = 5,
-    batch_tokens: int = 8192,
+    batch_tokens: int = CPU_BATCH_TOKENS,
 ) -> CostReport:
     """Measures `model` on `documents`.
 

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
+
 
 @dataclass(frozen=True)
 class EncodingMemory:
@@ -34,7 +36,7 @@ def measure_encoding(
     checkpoint: str | Path,
     documents: Sequence[str],
     *,
-    batch_tokens: int = 8192,
+    batch_tokens: int = CPU_BATCH_TOKENS,
     dtype: str = "bfloat16",
     threads: int | None = None,
 ) -> EncodingMemory:

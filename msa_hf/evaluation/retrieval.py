@@ -23,12 +23,14 @@ from msa_hf.evaluation.hotpotqa import HotpotQA
 from msa_hf.evaluation.metrics import Estimate
 from msa_hf.evaluation.sentence_encoder import SentenceEncoder, nearest
 from msa_hf.modeling.lexical import LexicalIndex
-from msa_hf.modeling.retrieval_msa import FUSION_DEPTH, consensus, rank
+from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
+from msa_hf.modeling.retrieval_msa import FUSION_DEPTH, consensus, lexical_scores, rank
 
 RECALL_CUTS = (1, 4, 16)
 DEPTH = 100  # documents ranked per question: MRR counts nothing below
 
-ROUTER, LEXICAL, BM25, FUSED, ENCODER = "routers", "lexical", "BM25", "fused", "MiniLM-L6"
+ROUTER, FUSED, ENCODER = "routers", "fused", "MiniLM-L6"
+LEXICAL, TUNED, BM25 = "lexical", "BM25 tuned", "BM25"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def evaluate_retrieval(
     with_encoder: bool = True,
     cache_dir: str | Path | None = None,
     question_batch: int = 32,
-    batch_tokens: int = 8192,
+    batch_tokens: int = CPU_BATCH_TOKENS,
     progress: bool = False,
 ) -> RetrievalReport:
     """Ranks the benchmark's documents with every system.
@@ -99,7 +101,8 @@ def evaluate_retrieval(
     routing_seconds = time.perf_counter() - start
     seconds = dict.fromkeys(rankings, routing_seconds / len(questions))
     peers: dict[str, Callable[[], list[list[int]]]] = {
-        LEXICAL: lambda: _searched(memory.lexical, questions),
+        LEXICAL: lambda: [list(lexical_scores(memory, question))[:DEPTH] for question in questions],
+        TUNED: lambda: _searched(memory.lexical, questions),
         BM25: lambda: _searched(LexicalIndex.plain(benchmark.documents), questions),
     }
     if with_encoder:
@@ -162,7 +165,7 @@ def rank_with_model(
         scores = model.route_questions(batch, memory, tokenizer=tokenizer)
         totals = consensus(scores, model.config.consensus_weights)
         for row, question in enumerate(batch):
-            lexical = dict(memory.lexical.search(question, FUSION_DEPTH))
+            lexical = lexical_scores(memory, question)
             for name, mode in ((ROUTER, "router"), (FUSED, "fused")):
                 ranking = rank(totals[row], lexical, mode, FUSION_DEPTH)
                 rankings[name].append([number for number, _ in ranking[:DEPTH]])
