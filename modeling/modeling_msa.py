@@ -28,7 +28,13 @@ from .fingerprint_msa import hash_weights
 from .generation_msa import MSAGenerationMixin
 from .losses_msa import document_loss, recall_metrics
 from .packed_msa import packed_forward
-from .reading_msa import check_question_mask, default_positions, memory_attention_mask, memory_reader
+from .reading_msa import (
+    additive_mask,
+    check_question_mask,
+    default_positions,
+    memory_attention_mask,
+    memory_reader,
+)
 
 
 @dataclass
@@ -180,8 +186,7 @@ class MSAModel(MSAPreTrainedModel):
             raise ValueError(
                 f"attention_mask must be [B, T] with memory; got {attention_mask.ndim} dimensions"
             )
-        if use_cache and not (self.gradient_checkpointing and self.training):
-            past_key_values = self._memory_cache(memory, past_key_values)
+        past_key_values = self._memory_cache(memory, past_key_values, use_cache)
         cached = past_key_values is not None
         reader = past_key_values.reader if cached else memory_reader(memory, self.config)
         past = past_key_values.get_seq_length() if cached else 0
@@ -201,9 +206,8 @@ class MSAModel(MSAPreTrainedModel):
             prefix = None
             if routing and reader.reads(index):
                 if index in reader.bank.layers:
-                    queries = layer.self_attn.router_queries(
-                        layer.input_layernorm(hidden_states), position_embeddings
-                    )
+                    normalised = layer.input_layernorm(hidden_states)
+                    queries = layer.self_attn.router_queries(normalised, position_embeddings)
                     reader.select(index, queries, question_mask)
                 prefix = reader.prefix(index, batch, hidden_states)
                 if cached:
@@ -214,9 +218,8 @@ class MSAModel(MSAPreTrainedModel):
                 mask = memory_attention_mask(
                     prefix_mask, memory_mask, attention_mask, past, start, stop, hidden_states
                 )
-                if mask is not None and self.config._attn_implementation == "eager":
-                    lowest = torch.finfo(hidden_states.dtype).min
-                    mask = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, lowest)
+                if self.config._attn_implementation == "eager":
+                    mask = additive_mask(mask, hidden_states.dtype)
                 outputs.append(
                     layer(
                         hidden_states[:, start:stop],
@@ -235,30 +238,32 @@ class MSAModel(MSAPreTrainedModel):
             selected_documents=dict(reader.selected),
         )
 
-    def _memory_cache(self, memory, past_key_values: Cache | None) -> MemoryCache:
+    def _memory_cache(self, memory, past_key_values: Cache | None, use_cache: bool) -> MemoryCache | None:
+        """The cache to read memory through; None to read it without one."""
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("past_key_values must be None while training with gradient checkpointing")
+            return None
         if getattr(past_key_values, "is_memory_cache", False):
             return past_key_values
         if past_key_values is not None and past_key_values.get_seq_length():
             raise ValueError(
                 "past_key_values must be empty when a memory is first read; it already holds tokens"
             )
+        if not use_cache:
+            return None
         return MemoryCache(memory_reader(memory, self.config), past_key_values)
 
     def encode(
-        self,
-        input_ids: torch.LongTensor,
-        recorder: Callable,
-        lengths: torch.Tensor | None = None,
-        full: bool = False,
+        self, input_ids: torch.LongTensor, recorder: Callable, full: bool = False
     ) -> torch.Tensor | None:
-        """Runs rows of right-padded tokens, each alone and with positions from 0, up to the last router
-        layer.
+        """Runs rows of tokens, each alone and with positions from 0, up to the last router layer.
 
         Args:
-            input_ids: [B, T]. Causal attention never looks right, so the padding needs no mask.
-            recorder: called once per router layer as recorder(layer, hidden [B, T, E], keys, values [B, G,
-                T, D]), with the normalised attention input, K after RoPE, and V. In the last router layer
-                nothing else is computed.
+            input_ids: [B, T], padded on the right. Causal attention never looks right, so no mask is needed.
+            recorder: called once per router layer as recorder(layer, hidden, keys, values), with the
+                normalised attention input [B, T, E], K after RoPE and V [B, G, T, D]. In the last router
+                layer nothing else is computed.
             full: run all layers and return the last hidden state [B, T, E].
         """
         hidden_states = self.embed_tokens(input_ids)
@@ -273,8 +278,11 @@ class MSAModel(MSAPreTrainedModel):
         full: bool,
         every_layer: bool = False,
     ) -> torch.Tensor | None:
-        """The layers over rows that only see themselves; see `encode`. every_layer: record all layers, not
-        only routers."""
+        """The layers over embedded rows that see only themselves; see `encode`.
+
+        Args:
+            every_layer: record all layers, not only router layers.
+        """
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         causal_mask = create_causal_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=None, past_key_values=None

@@ -65,3 +65,10 @@ def memory_attention_mask(prefix_mask, memory_mask, attention_mask, past: int, s
     if memory_mask is not None:
         memory = memory & memory_mask[:, start:stop, None]
     return torch.cat([memory, local], dim=2)[:, None]
+
+
+def additive_mask(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """What eager attention adds to its scores: 0 where the bool mask is True, else the lowest number."""
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
