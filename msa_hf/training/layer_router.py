@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..modeling.configuration_msa import MSAConfig
 
 _WHITENING_SAMPLE = 50_000
+_MEAN_DAMPING = 0.25
 _SOFT_MAX = (
     0.1  # temperature of the soft maximum over question tokens; a hard one leaves fresh routers at chance
 )
@@ -46,15 +47,18 @@ class DocumentBatch:
 
 
 def whitening(states: np.ndarray, seed: int) -> torch.Tensor:
-    """[E, E] map that gives `states` [R, E] about unit covariance, so that no direction drowns the others.
+    """[E, E] map that gives `states` [R, E] about unit covariance and damps their mean direction.
 
-    It is folded into the router's weights. The mean stays: a linear map without bias cannot remove it.
+    No direction then drowns the others. It is linear and folded into the weights of the router. Undamped, the
+    mean would be most of a whitened vector (89 of 92 in length in layer 8 of SmolLM2).
     """
     rows = np.random.default_rng(seed).permutation(len(states))[:_WHITENING_SAMPLE]
     sample = torch.from_numpy(np.asarray(states[np.sort(rows)], dtype=np.float32))
     covariance = torch.cov(sample.T, correction=0).view(states.shape[1], -1)
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors / values.clamp(min=1e-3 * float(values.mean())).sqrt()).T.contiguous()
+    white = (vectors / values.clamp(min=1e-3 * float(values.mean())).sqrt()).T
+    mean = F.normalize(white @ sample.mean(0), dim=0)
+    return white - (1 - _MEAN_DAMPING) * torch.outer(mean, mean @ white)
 
 
 class LayerRouter(nn.Module):

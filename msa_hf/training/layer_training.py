@@ -44,7 +44,7 @@ class RouterTrainingConfig:
         dtype: of the saved weights, "bfloat16" or "float32".
     """
 
-    steps: int = 750
+    steps: int = 600
     batch_size: int = 32
     learning_rate: float = 1e-3
     temperature: float = 0.02
@@ -53,9 +53,9 @@ class RouterTrainingConfig:
     mining_rounds: int = 2
     mining_documents: int = 8000
     token_dropout: float = 0.1
-    state_dropout: float = 0.1
+    state_dropout: float = 0.15
     held_out: int = 250
-    eval_every: int = 250
+    eval_every: int = 200
     patience: int = 4
     consensus: str = "learned"
     seed: int = 0
