@@ -223,10 +223,13 @@ def generative_interleave(
             "num_return_sequences must be 1 with generative retrieval: every sample has rounds of its own"
         )
     dialogues = [_Dialogue(question, memory, tokenizer) for question in questions]
-    for _ in range(max_rounds):
+    for number in range(max_rounds):
         active = [dialogue for dialogue in dialogues if not dialogue.finished]
         if not active:
             break
+        for dialogue in active:
+            if 0 < number == max_rounds - 1 and not dialogue.answering:
+                dialogue.close(END_OF_RETRIEVAL)
         ids, mask = left_pad([d.ids for d in active], pad_id(tokenizer), model.device)
         routing, _ = left_pad([d.routes for d in active], 0, model.device)
         cache = MemoryCache(MemoryReader(memory, model.config))
@@ -297,21 +300,20 @@ class _Dialogue:
         self._append(tokens.tolist(), routes=False)
         if self.answering or END_OF_TURN in text:
             self.finished = True
-            return
-        # Only the texts injected last route from now on.
-        self.parts = [
-            (part, routes and index < self.fixed) for index, (part, routes) in enumerate(self.parts)
-        ]
-        if END_OF_RETRIEVAL in text:
-            self.answering = True
-            self._append(self._encode(injected_question(self.question)), routes=False)
-            return
-        numbers = document_numbers(text, len(self.memory))
-        if END_OF_DOCUMENTS not in text or not numbers:
-            # Nothing valid was named, so there is nothing more to read: let the model answer.
-            self.answering = True
-            self._append(self._encode(END_OF_RETRIEVAL + injected_question(self.question)), routes=False)
-            return
+        elif END_OF_RETRIEVAL in text:
+            self.close()
+        elif END_OF_DOCUMENTS not in text:
+            self.close(END_OF_RETRIEVAL)  # the round ran out of tokens
+        else:
+            self._inject(document_numbers(text, len(self.memory)), scores, config)
+
+    def close(self, marker: str = "") -> None:
+        """Ends retrieval: from here on the model answers, with what the last round has selected."""
+        self.answering = True
+        self._append(self._encode(marker + injected_question(self.question)), routes=False)
+
+    def _inject(self, numbers: list[int], scores: dict[int, torch.Tensor], config) -> None:
+        """Appends the texts of the named documents; with the question, they alone route in the next round."""
         known = describe(scores, 0, config.consensus_weights, None, [(i, 0.0) for i in numbers])
         selected = {
             layer: [(int(i), float(values[0, i])) for i in top_documents(values, config.top_k_documents)[0]]
@@ -319,6 +321,9 @@ class _Dialogue:
         }
         self.rounds.append(RetrievalRound(self.injected or self.question, known, selected))
         self.injected = injected_documents(numbers, [self.memory.documents[i] for i in numbers])
+        self.parts = [
+            (part, routes and index < self.fixed) for index, (part, routes) in enumerate(self.parts)
+        ]
         self._append(self._encode(self.injected), routes=True)
 
     def answer(self) -> str:

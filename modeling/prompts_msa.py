@@ -39,9 +39,8 @@ def msa_prompt(question: str) -> list[tuple[str, int]]:
 
 
 def injected_documents(numbers: Sequence[int], texts: Sequence[str]) -> str:
-    """What the runtime appends after the model has named documents (generative interleave, paper section
-    3.5)."""
-    return "\n".join(f"[{number}]. {text}" for number, text in zip(numbers, texts)) + f"\n{END_OF_DOCUMENTS}"
+    """What the runtime appends after the model has named documents (paper section 3.5)."""
+    return "".join(f"[{number}]. {text}\n" for number, text in zip(numbers, texts)) + END_OF_DOCUMENTS
 
 
 def injected_question(question: str) -> str:

@@ -83,7 +83,7 @@ def test_two_hops_then_the_answer(model, bank, tokenizer, monkeypatch):
         expected.append(expected[-1] + written + injected)
     assert [text for text, _ in calls] == expected
     asked = start.removesuffix("<|im_end|>\n<|im_start|>")
-    assert [routes for _, routes in calls] == [asked, asked + first, asked + second, asked]
+    assert [routes for _, routes in calls] == [asked, asked + first, asked + second, asked + second]
     assert result.answers == ["Tombaugh, 1930"]
     assert [[d.id for d in r.documents] for r in result.rounds[0]] == [[1, 8], [0]]
     assert set(result.rounds[0][0].selected) == {2, 3}
@@ -104,19 +104,29 @@ def test_rows_finish_independently(model, bank, tokenizer, monkeypatch):
     assert [len(rounds) for rounds in result.rounds] == [0, 1, 0]
 
 
-@pytest.mark.parametrize(
-    "written", ["[99][100]<|object_ref_end|>", "<|object_ref_end|>", "nothing at all", ""]
-)
-def test_no_valid_number_leads_to_the_answer(model, bank, tokenizer, monkeypatch, written):
+@pytest.mark.parametrize("written", ["[99][100]<|object_ref_end|>", "<|object_ref_end|>"])
+def test_no_valid_number_injects_nothing_and_goes_on(model, bank, tokenizer, monkeypatch, written):
+    script = ("Who?", [written, "[3]<|object_ref_end|>", "<End-of-Retrieve>", "nobody<|im_end|>"])
+    calls = scripted(model, tokenizer, monkeypatch, script)
+    result = generative_interleave(model, ["Who?"], bank, tokenizer)
+    assert calls[1][0] == PROMPT.format(question="Who?") + written + "<|object_ref_end|>"
+    assert [[d.id for d in step.documents] for step in result.rounds[0]] == [[], [3]]
+    assert len(calls) == 4 and result.answers == ["nobody"]
+
+
+@pytest.mark.parametrize("written", ["nothing at all", ""])
+def test_a_round_that_ends_without_a_marker_leads_to_the_answer(model, bank, tokenizer, monkeypatch, written):
     calls = scripted(model, tokenizer, monkeypatch, ("Who?", [written, "nobody<|im_end|>"]))
     result = generative_interleave(model, ["Who?"], bank, tokenizer)
+    closing = "<End-of-Retrieve><|im_start|>The user's question is: Who?\n<|object_ref_end|>"
+    assert calls[1][0] == PROMPT.format(question="Who?") + written + closing
     assert len(calls) == 2 and result.answers[0].endswith("nobody") and result.rounds == [[]]
 
 
-def test_rounds_are_bounded(model, bank, tokenizer, monkeypatch):
-    calls = scripted(model, tokenizer, monkeypatch, ("Who?", ["[1]<|object_ref_end|>"] * 9))
+def test_rounds_are_bounded_and_the_last_one_answers(model, bank, tokenizer, monkeypatch):
+    calls = scripted(model, tokenizer, monkeypatch, ("Who?", ["[1]<|object_ref_end|>"] * 2 + ["I<|im_end|>"]))
     result = generative_interleave(model, ["Who?"], bank, tokenizer, max_rounds=3)
-    assert len(calls) == 3 and len(result.rounds[0]) == 3
+    assert len(calls) == 3 and len(result.rounds[0]) == 2 and result.answers == ["I"]
     with pytest.raises(ValueError, match="max_rounds and tokens_per_round must be at least 1"):
         generative_interleave(model, ["Who?"], bank, tokenizer, max_rounds=0)
 
