@@ -272,6 +272,7 @@ class _Dialogue:
         self.question, self.memory, self.tokenizer = question, memory, tokenizer
         self.finished, self.answering = False, False
         self.written: list[int] = []
+        self.answer_start = 0
         self.rounds: list[RetrievalRound] = []
         self.injected = ""
         parts = [(self._encode(text), label == 0) for text, label in msa_prompt(question)]
@@ -309,7 +310,7 @@ class _Dialogue:
 
     def close(self, marker: str = "") -> None:
         """Ends retrieval: from here on the model answers, with what the last round has selected."""
-        self.answering = True
+        self.answering, self.answer_start = True, len(self.written)
         self._append(self._encode(marker + injected_question(self.question)), routes=False)
 
     def _inject(self, numbers: list[int], scores: dict[int, torch.Tensor], config) -> None:
@@ -327,9 +328,8 @@ class _Dialogue:
         self._append(self._encode(self.injected), routes=True)
 
     def answer(self) -> str:
-        text = self.tokenizer.decode(self.written, skip_special_tokens=False)
-        for marker in (END_OF_RETRIEVAL, ANSWER_MARK):
-            text = text.rpartition(marker)[2]
+        text = self.tokenizer.decode(self.written[self.answer_start :], skip_special_tokens=False)
+        text = text.rpartition(ANSWER_MARK)[2]
         for marker in (RESPONSE, END_OF_TURN, END_OF_DOCUMENTS):
             text = text.replace(marker, " ")
         return text.strip()
