@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from msa_hf.configs import routers_folder
 from msa_hf.modeling.configuration_msa import MSAConfig
 from msa_hf.modeling.losses_msa import decoupled_infonce
 from msa_hf.modeling.memory_encoding import encode_documents
@@ -333,3 +334,18 @@ def test_lora_and_routers_train_together_and_round_trip(trained, pairs, tokenize
     merged = load_router(tiny_model(len(tokenizer)), tmp_path)
     assert torch.allclose(routing_scores(merged, tokenizer, questions, documents)[2], after[2], atol=1e-4)
     assert merged.config.routers_trained and not any("lora" in name for name in merged.state_dict())
+
+
+def test_shipped_routers_are_complete_and_small():
+    folder = routers_folder("smollm2-135m")
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    config = MSAConfig(
+        vocab_size=32, hidden_size=576, intermediate_size=32, num_hidden_layers=9, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64,
+    )  # fmt: skip
+    loaded = load_router(MSAForCausalLM(config).eval(), folder)
+    assert {name: getattr(loaded.config, name) for name in settings} == settings
+    assert loaded.config.routers_trained and loaded.config.router_layers == [4, 8]
+    weights = router_weights(loaded)
+    assert all(torch.isfinite(weight).all() and weight.std() > 0 for weight in weights.values())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 20e6
