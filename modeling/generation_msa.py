@@ -95,9 +95,9 @@ class MSAGenerationMixin(GenerationMixin):
         """The k best documents for each question.
 
         Args:
-            mode: "router" (the layers' consensus), "lexical" (BM25 and the links between titles, see
-                `LexicalIndex.search_linked`) or "fused" (reciprocal ranks of both). By default "fused" with
-                `config.lexical_prior` ("lexical" while the routers are untrained), else "router".
+            mode: "router" (the layers' consensus), "lexical" (BM25) or "fused" (reciprocal ranks of both),
+                see `retrieval_msa.rank`. By default "fused" with `config.lexical_prior` ("lexical" while the
+                routers are untrained), else "router".
         """
         mode = mode or self._default_mode()
         if mode not in MODES:
@@ -110,7 +110,9 @@ class MSAGenerationMixin(GenerationMixin):
         ranked = []
         for row, question in enumerate(questions):
             lexical = lexical_scores(memory, question, k) if mode != "router" else None
-            ranked.append(describe(scores, row, self.config.consensus_weights, lexical, mode=mode, k=k))
+            ranked.append(
+                describe(memory, scores, row, self.config.consensus_weights, lexical, mode=mode, k=k)
+            )
         return ranked
 
     def _default_mode(self) -> str:
@@ -208,7 +210,7 @@ class MSAGenerationMixin(GenerationMixin):
             {layer: scores[row : row + 1] for layer, scores in reader.scores.items()}, weights
         )[0]
         ranking = sorted(((i, float(totals[i])) for i in chosen), key=lambda item: (-item[1], item[0]))
-        return RetrievalRound("", describe(reader.scores, row, weights, None, ranking), selected)
+        return RetrievalRound("", describe(reader.bank, reader.scores, row, weights, None, ranking), selected)
 
     def _generate_interleaved(self, input_ids, memory: MemoryBank, retrieval: str, *args, **kwargs):
         tokenizer = _tokenizer(kwargs.pop("tokenizer", None), memory)

@@ -17,6 +17,8 @@ _WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")
 
 _LONGEST_NAME = 12
 
+LINK_SOURCES, LINK_WEIGHT, JUST_BEHIND = 4, 0.5, 0.999
+
 STOP_WORDS = frozenset(
     "a an and are as at be been but by did do does for from had has have he her hers him his how i if in "
     "into is it its me my no not of on or our she so than that the their them then there these they this "
@@ -90,26 +92,32 @@ class LexicalIndex:
         """BM25 score of every text that holds a word of the query, by its number."""
         return dict(self._ranked(query, -1))
 
-    def search_linked(
-        self, query: str, texts: Sequence[str], k: int = 16, *, sources: int = 4, weight: float = 0.3
+    def follow_links(
+        self,
+        ranking: Sequence[tuple[int, float]],
+        texts: Sequence[str],
+        *,
+        sources: int = LINK_SOURCES,
+        weight: float = LINK_WEIGHT,
     ) -> list[tuple[int, float]]:
-        """`search`, then one step along the links between texts: a text whose title is mentioned by one of
-        the `sources` best gains `weight` of that one's score. The second half of a two-hop question's
-        evidence often shares no word with the question and is only found this way.
+        """One step along the links between texts: what one of the best mentions by title rises behind it.
+
+        The second half of a two-hop question's evidence often shares no word with the question and is only
+        found this way.
 
         Args:
-            texts: what was added, in order; only the best `sources` are read.
+            ranking: (number, score >= 0) best first, of any origin. texts: what was added, in order; only the
+                best `sources` are read.
+            weight: how much of a source's score a mentioned text gains, never enough to pass the source.
         """
-        own = self.scores(query)
-        ranked = sorted(own, key=lambda number: (-own[number], number))
+        own = dict(ranking)
         scores = dict(own)
-        for source in ranked[:sources]:
-            for number in self.mentioned(texts[source]):
-                linked = own.get(number, 0.0) + weight * own[source]
-                if number != source and linked > 0:
-                    scores[number] = max(scores.get(number, 0.0), linked)
-        best = sorted(scores, key=lambda number: (-scores[number], number))[: max(int(k), 0)]
-        return [(number, scores[number]) for number in best]
+        for source, score in ranking[:sources]:
+            for number in self.mentioned(texts[source]) if score * weight > 0 else ():
+                if number != source:
+                    gained = min(own.get(number, 0.0) + weight * score, JUST_BEHIND * score)
+                    scores[number] = max(scores.get(number, 0.0), gained)
+        return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
 
     def mentioned(self, text: str) -> list[int]:
         """Numbers of the texts whose title stands in `text`, in order of appearance and longest title first.

@@ -9,9 +9,9 @@ import torch
 
 from .cache_memory import top_documents
 
-# Of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, who use 60); 10 was better on held-out
-# questions (LOG.md).
-RECIPROCAL_RANK_OFFSET = 10
+# Of reciprocal rank fusion (Cormack, Clarke and Büttcher 2009, who use 60); chosen on held-out questions
+# (LOG.md).
+RECIPROCAL_RANK_OFFSET = 5
 FUSION_DEPTH = 1000  # ranks beyond it hardly add to a fused score
 MODES = ("fused", "router", "lexical")
 
@@ -68,35 +68,36 @@ def consensus(scores: dict[int, torch.Tensor], weights: list[float] | None) -> t
 
 
 def lexical_scores(memory, question: str, k: int = 0) -> dict[int, float]:
-    """BM25 with one step along the links between titles, by document, best first, at least k deep."""
-    depth = max(k, FUSION_DEPTH)
-    return dict(memory.lexical.search_linked(question, memory.documents, depth))
+    """BM25 by document, at least k documents deep."""
+    return dict(memory.lexical.search(question, max(k, FUSION_DEPTH)))
 
 
 def rank(
-    router: torch.Tensor, lexical: dict[int, float] | None, mode: str, depth: int
+    memory, router: torch.Tensor, lexical: dict[int, float] | None, mode: str, depth: int = FUSION_DEPTH
 ) -> list[tuple[int, float]]:
     """At most `depth` (document, score) of one question, best first, equal scores by number.
 
     Args:
-        router: [N] consensus. lexical: BM25 by document. mode: "fused" (reciprocal ranks of both), "router"
-            or "lexical".
+        router: [N] consensus. lexical: BM25 by document.
+        mode: "router" (the consensus alone), "lexical" (BM25) or "fused" (reciprocal ranks of both). With
+            words, titles are read, too: what the best documents mention by title rises behind them.
     """
-    words = sorted((lexical or {}).items(), key=lambda item: (-item[1], item[0]))[:depth]
-    if mode == "lexical":
-        return words
     best = top_documents(router[None], depth)[0]
     routed = list(zip(best.tolist(), router[best].tolist()))
     if mode == "router":
         return routed
-    fused: dict[int, float] = {}
-    for ranking in (routed, words):
-        for position, (i, _) in enumerate(ranking, start=1):
-            fused[i] = fused.get(i, 0.0) + 1.0 / (RECIPROCAL_RANK_OFFSET + position)
-    return sorted(fused.items(), key=lambda item: (-item[1], item[0]))[:depth]
+    found = sorted(lexical.items(), key=lambda item: (-item[1], item[0]))[:depth]
+    if mode == "fused":
+        fused: dict[int, float] = {}
+        for ranking in (routed, found):
+            for position, (i, _) in enumerate(ranking, start=1):
+                fused[i] = fused.get(i, 0.0) + 1.0 / (RECIPROCAL_RANK_OFFSET + position)
+        found = sorted(fused.items(), key=lambda item: (-item[1], item[0]))
+    return memory.lexical.follow_links(found, memory.documents)[:depth]
 
 
 def describe(
+    memory,
     scores: dict[int, torch.Tensor],
     row: int,
     weights: list[float] | None,
@@ -109,7 +110,7 @@ def describe(
     rows = {layer: layer_scores[row : row + 1] for layer, layer_scores in scores.items()}
     router = consensus(rows, weights)[0]
     if ranking is None:
-        ranking = rank(router, lexical, mode, max(k, FUSION_DEPTH))[:k]
+        ranking = rank(memory, router, lexical, mode, max(k, FUSION_DEPTH))[:k]
     return [
         RankedDocument(
             id=i,

@@ -284,7 +284,7 @@ def test_retrieval_report_tells_good_from_bad(tmp_path):
         StandInModel(benchmark), None, benchmark, bank_of(benchmark), with_encoder=False, question_batch=4
     )
     names = [system.name for system in report.systems]
-    assert names == ["routers", "fused", "layer 1", "layer 2", "lexical", "BM25 tuned", "BM25"]
+    assert names == ["routers", "fused", "lexical", "layer 1", "layer 2", "BM25 tuned", "BM25"]
     found = {metric: estimate.mean for metric, estimate in report.system("layer 1").metrics.items()}
     assert found == {"recall@1": 0.5, "recall@4": 1.0, "recall@16": 1.0, "both@16": 1.0, "MRR": 1.0}
     worst = report.system("layer 2").metrics
@@ -297,7 +297,7 @@ def test_retrieval_report_tells_good_from_bad(tmp_path):
     assert all(name in text for name in names) and "9 questions" in text
     retrieval.save_json(report, tmp_path / "report.json")
     written = json.loads((tmp_path / "report.json").read_text())
-    assert written["systems"][2]["metrics"]["recall@4"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert written["systems"][3]["metrics"]["recall@4"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
     with pytest.raises(ValueError, match="benchmark's documents"):
         retrieval.evaluate_retrieval(None, None, small_benchmark(3), bank_of(benchmark))
     with pytest.raises(KeyError, match="no system 'x'"):

@@ -145,11 +145,15 @@ def test_linked_search_finds_the_second_hop():
     index = LexicalIndex(texts)
     question = "What year was the maker of Movie A born?"
     assert [i for i, _ in index.search("Movie A", 4)][:2] == [0, 2]
-    linked = index.search_linked("Movie A", texts, 4)
-    assert {i for i, _ in linked} == {0, 1, 2} and linked[0] == index.search("Movie A", 1)[0]
-    assert index.search_linked(question, texts, 2)[0][0] in (0, 1)
-    assert index.search_linked("", texts, 4) == [] and index.search_linked("Movie A", texts, 0) == []
-    assert index.search_linked(question, texts, 4, weight=0.0) == index.search(question, 4)
+    found = index.search("Movie A", 4)
+    linked = index.follow_links(found, texts)
+    assert {i for i, _ in linked} == {0, 1, 2} and linked[0] == found[0]
+    assert dict(linked)[1] == pytest.approx(0.5 * found[0][1])
+    assert index.follow_links(found, texts, weight=9.0)[1] == (1, pytest.approx(0.999 * found[0][1]))
+    assert {i for i, _ in index.follow_links(index.search(question, 4), texts)[:2]} <= {0, 1, 2}
+    assert index.follow_links([], texts) == []
+    assert index.follow_links(found, texts, weight=0.0) == found
+    assert index.follow_links(found, texts, sources=0) == found
 
 
 def test_file_is_continued(tmp_path):

@@ -1,5 +1,7 @@
 """Pooling and routing against naive twins that follow the paper word for word."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,9 @@ from torch.nn import functional as F
 
 from msa_hf.modeling import ops
 from msa_hf.modeling.cache_memory import top_documents
+from msa_hf.modeling.lexical import LexicalIndex
 from msa_hf.modeling.memory_bank import DenseVectors
-from msa_hf.modeling.retrieval_msa import consensus, rank
+from msa_hf.modeling.retrieval_msa import RECIPROCAL_RANK_OFFSET, consensus, rank
 
 HEAD_DIM = 4
 
@@ -124,13 +127,26 @@ def test_consensus_is_a_weighted_sum_of_standard_scores():
 
 
 def test_fusion_adds_reciprocal_ranks():
+    """Oracle: the formula by hand. No text mentions another's title, so links change nothing."""
+    texts = ["alpha\none", "beta\ntwo", "gamma\nthree", "delta\nfour"]
+    memory = SimpleNamespace(documents=texts, lexical=LexicalIndex(texts))
     router, lexical = torch.tensor([0.1, 0.9, 0.5, -torch.inf]), {2: 7.0, 3: 5.0}
-    assert [i for i, _ in rank(router, lexical, "router", 9)] == [1, 2, 0]
-    assert [i for i, _ in rank(router, lexical, "lexical", 9)] == [2, 3]
-    fused = dict(rank(router, lexical, "fused", 9))
-    assert fused[2] == pytest.approx(1 / 12 + 1 / 11) and fused[3] == pytest.approx(1 / 12)
-    assert [i for i, _ in rank(router, lexical, "fused", 9)] == [2, 1, 3, 0]
-    assert [i for i, _ in rank(router, lexical, "router", 2)] == [1, 2]
+    assert [i for i, _ in rank(memory, router, lexical, "router")] == [1, 2, 0]
+    assert [i for i, _ in rank(memory, router, lexical, "lexical")] == [2, 3]
+    fused, first = dict(rank(memory, router, lexical, "fused")), RECIPROCAL_RANK_OFFSET + 1
+    assert fused == pytest.approx(
+        {2: 1 / (first + 1) + 1 / first, 1: 1 / first, 3: 1 / (first + 1), 0: 1 / (first + 2)}
+    )
+    assert list(fused) == [2, 1, 3, 0]
+    assert [i for i, _ in rank(memory, router, lexical, "router", 2)] == [1, 2]
+
+
+def test_titles_that_the_best_mention_rise_behind_them():
+    texts = ["alpha\nmade by beta", "beta\ntwo", "gamma\nthree", "delta\nfour"]
+    memory = SimpleNamespace(documents=texts, lexical=LexicalIndex(texts))
+    router = torch.tensor([0.9, 0.1, 0.5, 0.4])
+    assert [i for i, _ in rank(memory, router, None, "router")] == [0, 2, 3, 1]
+    assert [i for i, _ in rank(memory, router, {0: 1.0}, "fused")][:2] == [0, 1]
 
 
 def test_override_replaces_an_operation_and_backend_says_so():

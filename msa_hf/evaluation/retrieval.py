@@ -24,7 +24,7 @@ from msa_hf.evaluation.metrics import Estimate
 from msa_hf.evaluation.sentence_encoder import SentenceEncoder, nearest
 from msa_hf.modeling.lexical import LexicalIndex
 from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
-from msa_hf.modeling.retrieval_msa import FUSION_DEPTH, consensus, lexical_scores, rank
+from msa_hf.modeling.retrieval_msa import consensus, lexical_scores, rank
 
 RECALL_CUTS = (1, 4, 16)
 DEPTH = 100  # documents ranked per question: MRR counts nothing below
@@ -101,7 +101,6 @@ def evaluate_retrieval(
     routing_seconds = time.perf_counter() - start
     seconds = dict.fromkeys(rankings, routing_seconds / len(questions))
     peers: dict[str, Callable[[], list[list[int]]]] = {
-        LEXICAL: lambda: [list(lexical_scores(memory, question))[:DEPTH] for question in questions],
         TUNED: lambda: _searched(memory.lexical, questions),
         BM25: lambda: _searched(LexicalIndex.plain(benchmark.documents), questions),
     }
@@ -155,19 +154,20 @@ def _differences(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str
 def rank_with_model(
     model: Any, tokenizer: Any, questions: Sequence[str], memory: Any, question_batch: int
 ) -> dict[str, list[list[int]]]:
-    """The routers' consensus, its fusion with the lexical index, and each layer alone, from one routing.
+    """The routers' consensus, its fusion with the lexical index, that alone, and each layer, from one
+    routing.
 
-    The first two are what `model.rank_documents` gives.
+    The first three are what `model.rank_documents` gives.
     """
-    rankings: dict[str, list[list[int]]] = {ROUTER: [], FUSED: []}
+    rankings: dict[str, list[list[int]]] = {ROUTER: [], FUSED: [], LEXICAL: []}
     for start in range(0, len(questions), question_batch):
         batch = list(questions[start : start + question_batch])
         scores = model.route_questions(batch, memory, tokenizer=tokenizer)
         totals = consensus(scores, model.config.consensus_weights)
         for row, question in enumerate(batch):
             lexical = lexical_scores(memory, question)
-            for name, mode in ((ROUTER, "router"), (FUSED, "fused")):
-                ranking = rank(totals[row], lexical, mode, FUSION_DEPTH)
+            for name, mode in ((ROUTER, "router"), (FUSED, "fused"), (LEXICAL, "lexical")):
+                ranking = rank(memory, totals[row], lexical, mode)
                 rankings[name].append([number for number, _ in ranking[:DEPTH]])
         if len(scores) > 1:
             for layer, values in scores.items():
