@@ -1,6 +1,6 @@
 # One command each; every target prepares .venv by itself and does so again only when a requirement changes.
 PYTHON ?= python3
-TOKENS ?= 120000
+TOKENS ?= 400000
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready

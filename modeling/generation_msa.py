@@ -172,12 +172,11 @@ class MSAGenerationMixin(GenerationMixin):
             logger.warning(UNTRAINED)
         as_dict = kwargs.pop("return_dict_in_generate", False)
         if retrieval == "attention":
-            output = self._generate_attending(input_ids, memory, *args, **kwargs)
-        else:
-            output = self._generate_interleaved(input_ids, memory, retrieval, *args, **kwargs)
+            return self._generate_attending(input_ids, memory, as_dict, *args, **kwargs)
+        output = self._generate_interleaved(input_ids, memory, retrieval, *args, **kwargs)
         return output if as_dict else output.sequences
 
-    def _generate_attending(self, input_ids, memory: MemoryBank, *args, **kwargs) -> MemoryGenerateOutput:
+    def _generate_attending(self, input_ids, memory: MemoryBank, as_dict: bool, *args, **kwargs):
         if kwargs.get("use_cache") is False:
             raise ValueError(
                 "use_cache must not be False with memory: the cache holds what the question has selected"
@@ -191,6 +190,8 @@ class MSAGenerationMixin(GenerationMixin):
             cache = MemoryCache(MemoryReader(memory, self.config, top_k=top_k), cache)
         tokenizer = kwargs.get("tokenizer") or memory.tokenizer
         sequences = super().generate(input_ids, *args, past_key_values=cache, **kwargs)
+        if not as_dict:
+            return sequences
         reader = cache.reader
         rounds = [[self._attended(reader, row)] for row in range(len(next(iter(reader.scores.values()))))]
         answers = None

@@ -201,6 +201,7 @@ class MSAModel(MSAPreTrainedModel):
             )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         bounds = range(0, tokens, chunk_size or max(tokens, 1))
+        eager = self.config._attn_implementation == "eager"
         spans = [(start, min(tokens, start + bounds.step)) for start in bounds]
         for index, layer in enumerate(self.layers):
             prefix = None
@@ -216,9 +217,9 @@ class MSAModel(MSAPreTrainedModel):
             outputs = []
             for start, stop in spans:
                 mask = memory_attention_mask(
-                    prefix_mask, memory_mask, attention_mask, past, start, stop, hidden_states
+                    prefix_mask, memory_mask, attention_mask, past, start, stop, hidden_states, not eager
                 )
-                if self.config._attn_implementation == "eager":
+                if eager:
                     mask = additive_mask(mask, hidden_states.dtype)
                 outputs.append(
                     layer(

@@ -4,7 +4,8 @@ Every operation has a plain PyTorch implementation, which is its specification. 
 tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, N documents.
 """
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -128,14 +129,13 @@ def _document_scores(
     return torch.cat(scores, 1) if scores else queries.new_zeros(batch, 0, dtype=torch.float32)
 
 
-def _document_tiles(offsets: list[int], budget: int):
-    """Ranges of whole documents with at most `budget` chunks together (a longer document is a tile of its
-    own)."""
+def _document_tiles(offsets: list[int], budget: int) -> Iterator[tuple[int, int]]:
+    """Ranges of whole documents with at most `budget` chunks together (a longer document is a tile alone)."""
     start, documents = 0, len(offsets) - 1
-    for stop in range(1, documents + 1):
-        if stop == documents or offsets[stop + 1] - offsets[start] > budget:
-            yield start, stop
-            start = stop
+    while start < documents:
+        stop = max(start + 1, bisect_right(offsets, offsets[start] + budget) - 1)
+        yield start, stop
+        start = stop
 
 
 def _tile_scores(folded, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction):
@@ -164,7 +164,10 @@ def _tile_scores(folded, question_mask, keys, chunk_counts, head_reduction, quer
 
 def _segment(values: torch.Tensor, lengths: torch.Tensor, reduction: str) -> torch.Tensor:
     """[c, X] -> [n, X]: max or mean over consecutive segments; -inf for an empty segment."""
+    owners = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
+    index = owners[:, None].expand_as(values)
     if reduction == "max":
-        return torch.segment_reduce(values, "max", lengths=lengths, axis=0, initial=-torch.inf)
-    means = torch.segment_reduce(values, "mean", lengths=lengths, axis=0)
-    return means.masked_fill((lengths == 0)[:, None], -torch.inf)
+        empty = values.new_full((len(lengths), values.shape[1]), -torch.inf)
+        return empty.scatter_reduce(0, index, values, "amax")  # parallel on a CPU, unlike segment_reduce
+    sums = values.new_zeros(len(lengths), values.shape[1]).scatter_add(0, index, values)
+    return (sums / lengths.clamp(min=1)[:, None]).masked_fill((lengths == 0)[:, None], -torch.inf)

@@ -39,26 +39,45 @@ def check_question_mask(question_mask, attention_mask, batch: int, tokens: int, 
     return mask
 
 
-def memory_attention_mask(prefix_mask, memory_mask, attention_mask, past: int, start: int, stop: int, like):
-    """[B, 1, T, P + past + stop] bool, or None where everything is visible: prefix, then causal local tokens.
+def memory_attention_mask(
+    prefix_mask: torch.Tensor | None,
+    memory_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past: int,
+    start: int,
+    stop: int,
+    like: torch.Tensor,
+    causal_without_mask: bool,
+) -> torch.Tensor | None:
+    """[B, 1, T, P + past + stop] bool for tokens `start` to `stop`: memory prefix, then causal local tokens.
 
     Every token sees itself, padding too, so that no row of the softmax is empty.
+
+    Args:
+        prefix_mask: [B, P], memory vectors that are real. memory_mask: [B, T], tokens that may read them.
+        like: a tensor with the batch size and device.
+        causal_without_mask: the attention is causal by itself when it gets no mask, as sdpa is.
+
+    Returns:
+        None where no mask is needed: nothing is hidden, or only by plain causality.
     """
-    batch, tokens = like.shape[0], stop - start
-    plain_prefix = prefix_mask is None or bool(prefix_mask.all())
+    tokens = stop - start
+    plain = attention_mask is None or bool(attention_mask.all())
+    if plain and tokens == 1 and memory_mask is None and (prefix_mask is None or bool(prefix_mask.all())):
+        return None
     if (
-        tokens == 1
-        and plain_prefix
-        and memory_mask is None
-        and (attention_mask is None or bool(attention_mask.all()))
+        plain
+        and causal_without_mask
+        and past + start == 0
+        and (prefix_mask is None or not prefix_mask.numel())
     ):
         return None
     keys = torch.arange(past + stop, device=like.device)
     queries = torch.arange(past + start, past + stop, device=like.device)[:, None]
     local = (keys <= queries)[None]
-    if attention_mask is not None:
+    if not plain:
         local = local & attention_mask[:, None, : past + stop].to(like.device, torch.bool)
-    local = (local | (keys == queries)).expand(batch, -1, -1)
+    local = (local | (keys == queries)).expand(like.shape[0], -1, -1)
     if prefix_mask is None:
         return local[:, None]
     memory = prefix_mask[:, None, :].expand(-1, tokens, -1)

@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=120_000, help="size of the memory (default 120000)")
+    parser.add_argument("--tokens", type=int, default=400_000, help="size of the memory (default 400000)")
     parser.add_argument("--cache", type=Path, help="folder for everything that is fetched and made")
     parser.add_argument("--fresh", action="store_true", help="encode the memory again")
     options = parser.parse_args()
