@@ -212,7 +212,8 @@ def test_ask_warns_of_untrained_routers(capsys, tmp_path, memory_folder, tiny_to
     reply = json.loads(out)
     assert code == 0 and "not trained" in err and reply["routers_trained"] is False
     # What chance says about rank must not displace what words say.
-    assert [s["score"] for s in reply["sources"]] == [s["lexical"] for s in reply["sources"]]
+    assert all(s["score"] >= (s["lexical"] or 0.0) > -1 for s in reply["sources"])
+    assert reply["sources"][0]["score"] == reply["sources"][0]["lexical"]  # nothing passes what mentions it
     code, out, _ = run(capsys, "ask", memory_folder, "Lima?", *options, "--mode", "router")
     assert {s["lexical"] for s in json.loads(out)["sources"]} == {None}
 
