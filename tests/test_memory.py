@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import DOCUMENTS, MEMORY, QUESTIONS, tiny_model
 
@@ -137,18 +137,17 @@ def naive_logits(model, ids, bank):
     return model.lm_head(model.model.norm(hidden))[0]
 
 
-def test_documents_that_are_not_selected_change_no_bit(model, tiny_tokenizer):
-    bank = model.encode_memory(DOCUMENTS, tiny_tokenizer)
-    before = ask(model, tiny_tokenizer, bank)
-    used = {int(i) for ids in before.selected_documents.values() for row in ids for i in row}
-    extra = [text for i, text in enumerate(DOCUMENTS) if i not in used] * 3
-    assert extra
-    after = ask(model, tiny_tokenizer, model.encode_memory(DOCUMENTS + extra, tiny_tokenizer))
-    assert all(
-        torch.equal(a, b)
-        for layer in MEMORY["router_layers"]
-        for a, b in zip(before.selected_documents[layer], after.selected_documents[layer])
-    )
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(extra=st.lists(st.text("abc xyz.", max_size=30), min_size=1, max_size=6))
+def test_documents_that_are_not_selected_change_no_bit(model, tiny_tokenizer, extra):
+    alone = {"batch_tokens": 1}  # a batch of other documents may round a row differently
+    before = ask(model, tiny_tokenizer, model.encode_memory(DOCUMENTS, tiny_tokenizer, **alone))
+    after = ask(model, tiny_tokenizer, model.encode_memory(DOCUMENTS + extra, tiny_tokenizer, **alone))
+    chosen = {int(i) for ids in after.selected_documents.values() for row in ids for i in row}
+    assume(max(chosen) < len(DOCUMENTS))
+    for layer in MEMORY["router_layers"]:
+        for old, new in zip(before.selected_documents[layer], after.selected_documents[layer]):
+            assert torch.equal(old, new)
     assert torch.equal(before.logits, after.logits)
 
 

@@ -185,6 +185,36 @@ def test_hidden_states_of_the_training_form(model):
     close(states[documents], tensors["out.last_hidden_state"][documents])
 
 
+def test_hidden_states_inside_the_training_form(model):
+    """What layer 2 gives for the document rows and for the active rows, put back into the packed row."""
+    tensors = load_file(FOLDER / "train_T1_p4_multiple.safetensors")
+    names = ("input_ids", "attention_mask", "position_ids", "doc_ids")
+    given = {name: tensors[f"in.{name}"].long() for name in names}
+    outputs = []
+    model.model.layers[2].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    packed_forward(model.model.train(), **given)
+    expected, real = tensors["out.hidden_after_layer2"], given["attention_mask"].bool()
+    documents = [
+        (given["doc_ids"][b] == i) & real[b] for b in range(2) for i in given["doc_ids"][b].unique() if i > 0
+    ]
+    owners = [b for b in range(2) for i in given["doc_ids"][b].unique() if i > 0]
+    for row, mask, b in zip(outputs[0], documents, owners):
+        close(row[: mask.sum()], expected[b][mask])
+    for b in range(2):
+        active = (given["doc_ids"][b] < 1) & real[b]
+        close(outputs[1][b, : active.sum()], expected[b][active])
+
+
+def test_hidden_states_of_the_encoded_memory(checkpoint):
+    expected = load_file(FOLDER / "infer_P4_stage1.safetensors")
+    ids, labels = expected["stage1.in.input_ids"][0].long(), expected["stage1.in.doc_ids"][0]
+    states = []
+    for label in labels.unique_consecutive()[:5]:  # template head, then documents: more than 64 tokens
+        with torch.no_grad():
+            states.append(checkpoint.model.encode(ids[labels == label][None], lambda *_: None, full=True)[0])
+    close(torch.cat(states)[:64], expected["stage1.last_hidden_state_first64"][0])
+
+
 FIELDS = {
     "head_reduce_method": "head_reduction",
     "query_reduce_method": "query_reduction",
