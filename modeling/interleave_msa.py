@@ -315,7 +315,7 @@ class _Dialogue:
 
     def _inject(self, numbers: list[int], scores: dict[int, torch.Tensor], config) -> None:
         """Appends the texts of the named documents; with the question, they alone route in the next round."""
-        known = describe(self.memory, scores, 0, config.consensus_weights, None, [(i, 0.0) for i in numbers])
+        known = describe(self.memory, scores, 0, config.consensus_weights, None, [(i, None) for i in numbers])
         selected = {
             layer: [(int(i), float(values[0, i])) for i in top_documents(values, config.top_k_documents)[0]]
             for layer, values in scores.items()

@@ -103,7 +103,7 @@ class MemoryBank:
             )
         self.chunk_counts = chunk_counts(self.token_counts, self.settings.chunk_size)
         self.router_chunk_counts = chunk_counts(self.token_counts, self.settings.router_chunk_size)
-        self._first_chunk = F.pad(self.chunk_counts.cumsum(0), (1, 0))
+        self._first_chunk = first_rows(self.chunk_counts)
         self._lexical: LexicalIndex | None = None
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class MemoryBank:
         memory, settings = self.layers[layer], self.settings
         ids = [chosen.sort().values.to(self.chunk_counts.device) for chosen in documents]
         totals = torch.stack([self.chunk_counts[chosen].sum() for chosen in ids])
-        rows = self._chunk_rows(torch.cat(ids)).to(memory.keys.data.device)
+        rows = segment_rows(self._first_chunk, torch.cat(ids)).to(memory.keys.data.device)
         mask = (torch.arange(int(totals.max())) < totals[:, None]).to(rows.device)
         shape = (*mask.shape, settings.num_key_value_heads, settings.head_dim)
 
@@ -157,12 +157,6 @@ class MemoryBank:
             return out.masked_scatter(mask[..., None], vectors).view(shape).transpose(1, 2)
 
         return padded(memory.keys.take(rows)), padded(memory.values.take(rows)), mask
-
-    def _chunk_rows(self, documents: torch.Tensor) -> torch.Tensor:
-        """Rows of the chunks of `documents`, document after document."""
-        counts = self.chunk_counts[documents]
-        shift = self._first_chunk[documents] - F.pad(counts.cumsum(0), (1, 0))[:-1]
-        return torch.arange(int(counts.sum())) + torch.repeat_interleave(shift, counts)
 
     def to(self, device: torch.device | str) -> "MemoryBank":
         """Moves the vectors to `device`, in place."""
@@ -262,6 +256,13 @@ def chunk_counts(token_counts: torch.Tensor, chunk_size: int) -> torch.Tensor:
     return (token_counts + chunk_size - 1) // chunk_size
 
 
-def normalise_heads(vectors: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """[..., W] with every head of length `head_dim` scaled to L2 norm 1."""
-    return F.normalize(vectors.unflatten(-1, (-1, head_dim)), dim=-1).flatten(-2)
+def first_rows(counts: torch.Tensor) -> torch.Tensor:
+    """[N + 1]: where the rows of each document begin, and where the last ones end."""
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def segment_rows(first: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
+    """Rows of `documents`, document after document; `first` from `first_rows`."""
+    counts = first[documents + 1] - first[documents]
+    shift = first[documents] - first_rows(counts)[:-1]
+    return torch.arange(int(counts.sum())) + torch.repeat_interleave(shift, counts)

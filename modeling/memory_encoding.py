@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from .memory_bank import DenseVectors, LayerMemory, MemoryBank, chunk_counts
+from .memory_bank import DenseVectors, LayerMemory, MemoryBank, chunk_counts, first_rows, segment_rows
 from .ops import pool_chunks
 from .prompts_msa import document_prompt, template_head
 
@@ -83,8 +83,8 @@ def encode_documents(
         )
     counts = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
     offsets = {
-        "keys": _offsets(chunk_counts(counts, settings.chunk_size)),
-        "router_keys": _offsets(chunk_counts(counts, settings.router_chunk_size)),
+        "keys": first_rows(chunk_counts(counts, settings.chunk_size)),
+        "router_keys": first_rows(chunk_counts(counts, settings.router_chunk_size)),
     }
     offsets["values"] = offsets["keys"]
     width, device, dtype = settings.num_key_value_heads * settings.head_dim, model.device, model.dtype
@@ -109,7 +109,7 @@ def encode_documents(
                     resume.save(number, pooled)
             chosen = torch.tensor(batch)
             for name in NAMES:
-                rows = _rows(offsets[name], chosen).to(device)
+                rows = segment_rows(offsets[name], chosen).to(device)
                 for layer in settings.router_layers:
                     getattr(layers[layer], name).write(rows, pooled[f"{layer}.{name}"])
             bar.update(int(counts[chosen].sum()))
@@ -193,16 +193,6 @@ def _encode_head(model, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor
 
     model.model.run_rows(embeddings, positions, record, full=True, every_layer=True)
     return head
-
-
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-
-
-def _rows(offsets: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    counts = offsets[documents + 1] - offsets[documents]
-    shift = offsets[documents] - torch.nn.functional.pad(counts.cumsum(0), (1, 0))[:-1]
-    return torch.arange(int(counts.sum())) + torch.repeat_interleave(shift, counts)
 
 
 class _Portions:

@@ -54,7 +54,7 @@ def write_memory(
         "files": {
             kind: {"name": name, "bytes": (directory / name).stat().st_size} for kind, name in names.items()
         },
-        "documents_sha256": _sha256(directory / names["documents"]),
+        "documents_sha256": file_sha256(directory / names["documents"]),
     }
     temporary = directory / f".{INDEX}-{stamp}"
     with open(temporary, "w", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def read_memory(directory: str | Path):
         }
         for kind, path in paths.items():
             _check_size(path, index["files"][kind]["bytes"])
-        if _sha256(paths["documents"]) != index["documents_sha256"]:
+        if file_sha256(paths["documents"]) != index["documents_sha256"]:
             raise MemoryFormatError(f"{paths['documents']} is damaged: its SHA-256 differs from {INDEX}")
         settings = _settings(index["settings"])
         with open(paths["documents"], encoding="utf-8") as file:
@@ -147,7 +147,8 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

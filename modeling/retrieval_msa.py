@@ -102,11 +102,14 @@ def describe(
     row: int,
     weights: list[float] | None,
     lexical: dict[int, float] | None,
-    ranking: list[tuple[int, float]] | None = None,
+    ranking: list[tuple[int, float | None]] | None = None,
     mode: str = "router",
     k: int = 16,
 ) -> list[RankedDocument]:
-    """What is known about the documents of `ranking` for question `row`; by default the k best by `mode`."""
+    """What is known about the documents of `ranking` for question `row`; by default the k best by `mode`.
+
+    A score of None in `ranking` means the consensus.
+    """
     rows = {layer: layer_scores[row : row + 1] for layer, layer_scores in scores.items()}
     router = consensus(rows, weights)[0]
     if ranking is None:
@@ -114,7 +117,7 @@ def describe(
     return [
         RankedDocument(
             id=i,
-            score=score,
+            score=float(router[i]) if score is None else score,
             router_rank=int((router > router[i]).sum() + (router[:i] == router[i]).sum()) + 1,
             consensus=float(router[i]),
             per_layer={layer: float(values[0, i]) for layer, values in rows.items()},

