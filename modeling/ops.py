@@ -11,9 +11,13 @@ from contextlib import contextmanager
 import torch
 from torch.nn import functional as F
 
+from .code_products import code_scores as plain_code_scores
+from .code_products import code_sums as plain_code_sums
+
 _TILE_ELEMENTS = (
     1 << 23
 )  # scores held at once while routing: 32 MB in float32, whatever the number of heads or chunks
+OPERATIONS = ("pool_chunks", "document_scores", "code_scores", "code_sums")
 _overrides: dict[str, Callable] = {}
 
 
@@ -26,11 +30,10 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
 
 @contextmanager
 def override(**implementations: Callable):
-    """Within the block, the named operations (`pool_chunks`, `document_scores`) run `implementations`
-    instead."""
-    unknown = set(implementations) - {"pool_chunks", "document_scores"}
+    """Within the block, the named OPERATIONS run `implementations` instead."""
+    unknown = set(implementations) - set(OPERATIONS)
     if unknown:
-        raise ValueError(f"override knows pool_chunks and document_scores; got {sorted(unknown)}")
+        raise ValueError(f"override knows {', '.join(OPERATIONS)}; got {sorted(unknown)}")
     before = dict(_overrides)
     _overrides.update(implementations)
     try:
@@ -81,6 +84,16 @@ def document_scores(
     """
     run = _overrides.get("document_scores", _document_scores)
     return run(queries, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction)
+
+
+def code_scores(queries: torch.Tensor, packed) -> torch.Tensor:
+    """Scores of packed keys: rotated queries [B, G, R, D] float32 -> [B, G, R, P]; see `code_products`."""
+    return _overrides.get("code_scores", plain_code_scores)(queries, packed)
+
+
+def code_sums(weights: torch.Tensor, packed) -> torch.Tensor:
+    """Sums of packed values: weights [B, G, R, P] float32 -> rotated [B, G, R, D]; see `code_products`."""
+    return _overrides.get("code_sums", plain_code_sums)(weights, packed)
 
 
 def _pool_chunks(states, lengths, chunk_size):

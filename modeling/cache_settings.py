@@ -1,0 +1,215 @@
+"""How a TurboQuantCache stores tokens: one frozen, JSON-able record, checked when it is made, and its
+presets."""
+
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from .turboquant import SCALE_RULES, Transform, VectorQuantizer
+from .turboquant_paper import PolarQuantizer, ProdQuantizer
+
+BitSpec = int | str  # 4, or "1/4x3+3/4x2": fractions or numbers of channels x bits
+BitMap = BitSpec | list  # one for all, or a list over layers of one, or a list over its heads
+
+FORMS = ("mse", "prod", "polar")
+ROTATIONS = ("hadamard", "haar", "none")
+
+
+@dataclass(frozen=True)
+class HeadCoding:
+    """How some heads of a layer are coded; `sort_channels`: widest channels first, as the first tokens
+    show."""
+
+    heads: tuple[int, ...]
+    quantizer: VectorQuantizer | ProdQuantizer | PolarQuantizer
+    transform: Transform
+    sort_channels: bool = False
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Everything that decides the bytes of a TurboQuantCache.
+
+    Args:
+        key_bits, value_bits: bits per coordinate, 1-4, or parts such as "1/4x3+3/4x2" (a quarter of the
+            channels, those with the most energy, in 3 bits and the rest in 2); or a list over layers of
+            these, or of lists over heads.
+        window: newest tokens kept in model precision, at least; `block` more gather before they are packed
+            together.
+        sinks: first tokens of every row kept as they are. extremes: further tokens of every head kept as they
+            are, those with the longest keys or values so far.
+        mean_group: tokens that share one mean, which is taken from their keys before coding; 0 for none.
+        key_scale, value_scale: rule of the scales, see `VectorQuantizer`.
+        key_scale_bits, value_scale_bits: 8 or 16 for each scale.
+        rotation: "hadamard" (random signs), "haar" or "none", made from `seed`.
+        form: "mse"; "prod" (QJL on the residual) and "polar" (PolarQuant's angles) replay the papers.
+        dense_layers: layers left in model precision, negative numbers from the end.
+
+    Raises:
+        ValueError: naming the field, the rule and the value.
+    """
+
+    key_bits: BitMap = 4
+    value_bits: BitMap = 4
+    window: int = 128
+    block: int = 64
+    sinks: int = 4
+    extremes: int = 4
+    mean_group: int = 512
+    key_scale: str = "unbiased"
+    value_scale: str = "least_squares"
+    key_scale_bits: int = 16
+    value_scale_bits: int = 16
+    rotation: str = "hadamard"
+    seed: int = 0
+    form: str = "mse"
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name, lowest in (("window", 0), ("block", 1), ("sinks", 0), ("extremes", 0), ("mean_group", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
+        if self.mean_group % self.block:
+            raise ValueError(f"mean_group must be a multiple of block = {self.block}; got {self.mean_group}")
+        for name, known in (
+            ("key_scale", SCALE_RULES),
+            ("value_scale", SCALE_RULES),
+            ("rotation", ROTATIONS),
+            ("form", FORMS),
+            ("key_scale_bits", (8, 16)),
+            ("value_scale_bits", (8, 16)),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}; got {value!r}")
+        for name in ("key_bits", "value_bits"):
+            for spec in _leaves(getattr(self, name)):
+                _check_spec(name, spec, self.form)
+
+    @property
+    def exact_tokens(self) -> int:
+        return self.sinks + self.extremes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `CacheSettings(**data)` reads it."""
+        return asdict(self) | {"dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "CacheSettings":
+        """Raises ValueError for a field that this release does not know."""
+        unknown = sorted(set(data) - {item.name for item in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown cache settings: {', '.join(unknown)}")
+        return cls(**data)
+
+    def check_model(self, layers: int, heads: list[int]) -> None:
+        """Raises ValueError if a bit map or `dense_layers` does not fit a model with these key/value
+        heads."""
+        for layer in self.dense_layers:
+            if not -layers <= layer < layers:
+                raise ValueError(f"dense_layers must be between {-layers} and {layers - 1}; got {layer}")
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            if not isinstance(bits, list):
+                continue
+            if len(bits) != layers:
+                raise ValueError(f"{name} must name all {layers} layers of this model; got {len(bits)}")
+            for layer, row in enumerate(bits):
+                if isinstance(row, list) and len(row) != heads[layer]:
+                    raise ValueError(
+                        f"{name}[{layer}] must name all {heads[layer]} key/value heads; got {len(row)}"
+                    )
+
+    def specs(self, kind: str, layer: int, heads: int) -> list[BitSpec]:
+        """Bits of each key/value head of a layer; kind is "keys" or "values"."""
+        bits = self.key_bits if kind == "keys" else self.value_bits
+        row = bits[layer] if isinstance(bits, list) else bits
+        return list(row) if isinstance(row, list) else [row] * heads
+
+    def codings(self, kind: str, layer: int, heads: int, dim: int) -> tuple[HeadCoding, ...]:
+        """The heads of a layer, grouped by how they are coded.
+
+        Raises ValueError if dim is odd or a spec does not divide it.
+        """
+        specs = self.specs(kind, layer, heads)
+        codings = []
+        for spec in dict.fromkeys(specs):
+            members = tuple(head for head, own in enumerate(specs) if own == spec)
+            parts = parse_bits(spec, dim)
+            quantizer = self._quantizer(kind, parts)
+            transform = _rotation(self.rotation, tuple(width for width, _ in parts), self.seed)
+            codings.append(HeadCoding(members, quantizer, transform, sort_channels=len(parts) > 1))
+        return tuple(codings)
+
+    def _quantizer(self, kind: str, parts: tuple[tuple[int, int], ...]):
+        if self.form == "prod" and kind == "keys":
+            return ProdQuantizer(parts, self.seed)
+        if self.form == "polar":
+            return PolarQuantizer(parts)
+        if kind == "keys":
+            return VectorQuantizer(parts, self.key_scale, self.key_scale_bits)
+        return VectorQuantizer(parts, self.value_scale, self.value_scale_bits)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "4bit": {"key_bits": 4, "value_bits": 4},
+    "3bit": {"key_bits": 3, "value_bits": 3},
+    # As the paper's section 4.3 counts them: outlier channels one bit wider, two 16 bit scales, nothing else
+    # kept.
+    "paper-3.5": {"key_bits": "1/4x4+3/4x3", "value_bits": "1/4x4+3/4x3"},
+    "paper-2.5": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/4x3+3/4x2"},
+}
+_PAPER = {"mean_group": 0, "sinks": 0, "extremes": 0, "rotation": "haar"}
+for _name in ("paper-3.5", "paper-2.5"):
+    PRESETS[_name] |= _PAPER
+
+
+@lru_cache(maxsize=256)
+def parse_bits(spec: BitSpec, dim: int) -> tuple[tuple[int, int], ...]:
+    """((channels, bits), ...) of a spec for vectors of `dim` channels.
+
+    Raises ValueError if dim is odd, or the parts are not even numbers of channels that add up to dim.
+    """
+    if dim % 2:
+        raise ValueError(f"head_dim must be even to be rotated; got {dim}")
+    if isinstance(spec, int):
+        return ((dim, spec),)
+    parts = []
+    for part in spec.split("+"):
+        share, _, bits = part.partition("x")
+        width = Fraction(share) * (dim if "/" in share else 1)
+        parts.append((width, int(bits)))
+    if sum(width for width, _ in parts) != dim or any(width % 2 for width, _ in parts):
+        raise ValueError(f"{spec!r} does not cut head_dim {dim} into even numbers of channels")
+    return tuple((int(width), bits) for width, bits in parts)
+
+
+@lru_cache(maxsize=64)
+def _rotation(kind: str, widths: tuple[int, ...], seed: int) -> Transform:
+    return Transform.rotation(kind, widths, seed)
+
+
+def _leaves(bits: BitMap):
+    if isinstance(bits, (list, tuple)):
+        for row in bits:
+            yield from _leaves(row)
+    else:
+        yield bits
+
+
+def _check_spec(name: str, spec: Any, form: str) -> None:
+    rule = f'{name} must be 1, 2, 3 or 4 bits, or parts like "1/4x3+3/4x2"'
+    if isinstance(spec, str):
+        try:
+            bits = [
+                (Fraction(part.partition("x")[0]), int(part.partition("x")[2])) for part in spec.split("+")
+            ]
+        except (ValueError, ZeroDivisionError):
+            raise ValueError(f"{rule}; got {spec!r}") from None
+        good = all(width > 0 and 1 <= value <= 4 for width, value in bits)
+    else:
+        good = isinstance(spec, int) and not isinstance(spec, bool) and 1 <= spec <= 4
+    if not good:
+        raise ValueError(f"{rule}; got {spec!r}")

@@ -1,0 +1,49 @@
+"""Storage that tokens are appended to without copying what is there each time."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class GrowingTensor:
+    """Rows [B, G, T, ...] in a buffer that is enlarged by an eighth when it is full.
+
+    The first append allocates exactly what it needs, so a prefilled cache holds no reserve. `view()` stays
+    valid
+    after later appends: rows are never moved or changed, a larger buffer is a new one.
+    """
+
+    def __init__(self):
+        self.buffer: torch.Tensor | None = None
+        self.length = 0
+
+    def append(self, rows: torch.Tensor) -> None:
+        length = self.length + rows.shape[2]
+        if self.buffer is None:
+            self.buffer = rows.clone(memory_format=torch.contiguous_format)
+        else:
+            if length > self.buffer.shape[2]:
+                batch, heads, _, *rest = self.buffer.shape
+                grown = self.buffer.new_empty(batch, heads, max(length, self.length * 9 // 8), *rest)
+                grown[:, :, : self.length] = self.view()
+                self.buffer = grown
+            self.buffer[:, :, self.length : length] = rows
+        self.length = length
+
+    def view(self) -> torch.Tensor:
+        """The rows so far, [B, G, T, ...], without a copy."""
+        return self.buffer[:, :, : self.length]
+
+    def crop(self, length: int) -> None:
+        """Keeps the first `length` rows."""
+        self.length = min(self.length, length)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces the rows by `change(rows)`, which may alter the batch but not the number of rows."""
+        if self.buffer is not None:
+            self.buffer = change(self.view()).contiguous()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the buffer beyond its rows."""
+        return 0 if self.buffer is None else self.buffer.nbytes - self.view().nbytes

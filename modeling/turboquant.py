@@ -1,0 +1,209 @@
+"""TurboQuant's vector quantiser (Zandieh et al., arXiv 2504.19874): rotate, code every coordinate, keep one
+scale.
+
+Axis letters: D dimension of the vectors, N bytes of a vector's codes, S scales of a vector (one per part).
+
+A vector x is written as y = x @ transform.encode, whose coordinates behave like those of a random direction;
+each is replaced by the index of the nearest centroid, and x is read back as (scale * centroids) @
+transform.decode. An attention score needs no decoding: <q, x> = scale * <q @ transform.decode.T, centroids>.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from .bit_packing import pack, packed_bytes, unpack
+from .codebooks import boundaries, codebook
+from .rotations import haar, signed_hadamard
+
+SCALE_RULES = ("least_squares", "unbiased", "matched_norm")
+SCALE_STEPS = 8  # of an 8 bit scale per factor of 2
+SCALE_ZERO = 128  # the 8 bit scale that means 1.0
+
+
+class Transform:
+    """A pair of matrices, x -> x @ encode and back with decode = encode's inverse.
+
+    Args:
+        encode: [D, D], or [G, D, D] with one matrix per key/value head. decode: its inverse; None if encode
+            is orthogonal.
+    """
+
+    def __init__(self, encode: torch.Tensor, decode: torch.Tensor | None = None):
+        self.encode = encode.double()
+        self.decode = (encode.mT if decode is None else decode).float().contiguous()
+
+    @classmethod
+    def rotation(cls, kind: str, parts: tuple[int, ...], seed: int = 0) -> "Transform":
+        """A random rotation of each part of the coordinates: kind is "hadamard", "haar" or "none"."""
+        make = {"hadamard": signed_hadamard, "haar": haar, "none": lambda size, seed: torch.eye(size)}
+        if kind not in make:
+            raise ValueError(f"rotation must be one of {', '.join(make)}; got {kind!r}")
+        return cls(torch.block_diag(*(make[kind](size, seed + i).double() for i, size in enumerate(parts))))
+
+    @property
+    def nbytes(self) -> int:
+        return self.encode.nbytes + self.decode.nbytes
+
+    def to(self, device: torch.device) -> "Transform":
+        if self.encode.device != device:
+            self.encode, self.decode = self.encode.to(device), self.decode.to(device)
+        return self
+
+
+@dataclass(frozen=True)
+class VectorQuantizer:
+    """Scalar codes and one scale for each part of a vector that was rotated before.
+
+    Args:
+        parts: (width, bits) of consecutive runs of coordinates; one part is plain TurboQuant, two are the
+            paper's outlier channels (section 4.3) or transform coding.
+        scale_rule: "least_squares" has the lowest squared error, "unbiased" gives E<q, x~> = <q, x>,
+            "matched_norm" keeps the length.
+        scale_bits: 16 (bfloat16) or 8 (a step of 2^(1/8) in 2^-16 ... 2^15.9, and 0).
+
+    Raises:
+        ValueError: for an unknown rule, widths below 2 or bits outside 1-4.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    scale_rule: str = "least_squares"
+    scale_bits: int = 16
+
+    def __post_init__(self):
+        object.__setattr__(self, "parts", tuple((int(width), int(bits)) for width, bits in self.parts))
+        if self.scale_rule not in SCALE_RULES:
+            raise ValueError(f"scale_rule must be one of {', '.join(SCALE_RULES)}; got {self.scale_rule!r}")
+        if self.scale_bits not in (8, 16):
+            raise ValueError(f"scale_bits must be 8 or 16; got {self.scale_bits}")
+        for width, bits in self.parts:
+            if not 1 <= bits <= 4:
+                raise ValueError(f"bits must be 1, 2, 3 or 4; got {bits}")
+            if width < 2:
+                raise ValueError(f"the width of a part must be at least 2; got {width}")
+
+    @property
+    def dim(self) -> int:
+        return sum(width for width, _ in self.parts)
+
+    @property
+    def code_bytes(self) -> int:
+        return sum(packed_bytes(width, bits) for width, bits in self.parts)
+
+    @property
+    def scale_count(self) -> int:
+        return len(self.parts)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.scale_bits == 8 else torch.bfloat16
+
+    @property
+    def vector_bytes(self) -> int:
+        return self.code_bytes + self.scale_count * self.scale_bits // 8
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.vector_bytes / self.dim
+
+    def encode(self, rotated: torch.Tensor) -> "PackedVectors":
+        """Codes of rotated vectors [..., D]. Finite for every finite input.
+
+        Works in float64, so that neither overflow nor the shape of the batch decides a bit.
+        """
+        codes, scales, start = [], [], 0
+        for width, bits in self.parts:
+            part = rotated[..., start : start + width].double()
+            index, scale = self._encode_part(part, bits)
+            codes.append(pack(index, bits))
+            scales.append(scale)
+            start += width
+        return PackedVectors(torch.cat(codes, dim=-1), torch.cat(scales, dim=-1), self)
+
+    def _encode_part(self, part: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        width = part.shape[-1]
+        length = part.norm(dim=-1, keepdim=True)
+        spread = part * (width**0.5 / length.clamp_min(1e-300))
+        index = torch.bucketize(spread, boundaries(width, bits).to(part.device), out_int32=True)
+        centroids = codebook(width, bits).to(part.device)[index].double()
+        if self.scale_rule == "matched_norm":
+            scale = length / centroids.norm(dim=-1, keepdim=True)
+        else:
+            product = (part * centroids).sum(dim=-1, keepdim=True)
+            if self.scale_rule == "least_squares":
+                scale = product / centroids.square().sum(dim=-1, keepdim=True)
+            else:
+                scale = torch.where(length > 0, length.square() / product, 0.0)
+        return index.to(torch.uint8), _store_scale(scale, self.scale_bits)
+
+    def decode(self, packed: "PackedVectors", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """scale * centroids, [..., D], in the rotated basis."""
+        scales = read_scale(packed.scales, dtype)
+        decoded, start = [], 0
+        for i, (width, bits) in enumerate(self.parts):
+            size = packed_bytes(width, bits)
+            index = unpack(packed.codes[..., start : start + size], bits, width)
+            table = codebook(width, bits).to(device=index.device, dtype=dtype)
+            decoded.append(table[index.int()] * scales[..., i : i + 1])
+            start += size
+        return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
+
+
+def _store_scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
+    if bits == 16:
+        return scale.clamp(max=torch.finfo(torch.bfloat16).max).bfloat16()
+    level = (scale.clamp_min(1e-300).log2() * SCALE_STEPS).round() + SCALE_ZERO
+    return level.clamp(0, 255).to(torch.uint8)
+
+
+def read_scale(stored: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The scales that were stored in 8 or 16 bits, as `dtype`."""
+    if stored.dtype != torch.uint8:
+        return stored.to(dtype)
+    scale = ((stored.to(torch.float32) - SCALE_ZERO) / SCALE_STEPS).exp2()
+    return scale.masked_fill(stored == 0, 0.0).to(dtype)
+
+
+@dataclass
+class PackedVectors:
+    """Quantised vectors: codes uint8 [..., N], scales [..., S], and the quantiser that reads them.
+
+    Indexing and `map` act on the leading axes of the stored bytes, so that selecting is exact.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    quantizer: VectorQuantizer = field(repr=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], self.quantizer.dim))
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "PackedVectors":
+        return replace(self, codes=change(self.codes), scales=change(self.scales))
+
+    def __getitem__(self, index) -> "PackedVectors":
+        return self.map(lambda tensor: tensor[index])
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.quantizer.decode(self, dtype)
+
+
+def quantize(vectors: torch.Tensor, quantizer: VectorQuantizer, transform: Transform) -> PackedVectors:
+    """Codes of vectors [..., D], or [..., G, T, D] for a transform per head.
+
+    Raises ValueError if a vector holds NaN or infinity.
+    """
+    if not vectors.isfinite().all():
+        raise ValueError("only finite vectors can be quantised; got NaN or infinity")
+    return quantizer.encode(vectors.double() @ transform.to(vectors.device).encode)
+
+
+def dequantize(packed: PackedVectors, transform: Transform) -> torch.Tensor:
+    """float32 vectors [..., D] in the basis in which they were given to `quantize`."""
+    return packed.decode() @ transform.to(packed.codes.device).decode

@@ -1,0 +1,7 @@
+"""placeholder until the paper forms are written"""
+
+
+class ProdQuantizer: ...
+
+
+class PolarQuantizer: ...
