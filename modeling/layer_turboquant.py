@@ -26,11 +26,17 @@ class PackedHeads:
         everything = coding.heads == tuple(range(heads))
         self.heads = None if everything else torch.tensor(coding.heads, device=device)
         self.order: torch.Tensor | None = None
+        self.gain: torch.Tensor | None = None
 
     def append(self, vectors: torch.Tensor) -> None:
-        """Packs vectors [B, G, T, D] float64 of all heads; the `first` ones decide the order of channels."""
+        """Packs vectors [B, G, T, D] float64 of all heads; the `first` ones decide gain and order of
+        channels."""
         if self.heads is not None:
             vectors = vectors.index_select(1, self.heads)
+        if self.coding.quantizer.scale_dtype == torch.uint8:
+            if self.gain is None:
+                self.gain = _typical_scale(vectors[:, :, : self.first])
+            vectors = vectors / self.gain
         if self.coding.sort_channels:
             if self.order is None:
                 energy = vectors[:, :, : self.first].square().mean(dim=2)
@@ -43,10 +49,24 @@ class PackedHeads:
 
     def view(self) -> HeadCodes:
         packed = PackedVectors(self.codes.view(), self.scales.view(), self.coding.quantizer)
-        return HeadCodes(packed, self.coding.transform, self.heads, self.order)
+        return HeadCodes(packed, self.coding.transform, self.heads, self.order, self.gain)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `change`, which acts on the batch or the device, to everything stored."""
+        for stored in self.storage():
+            stored.map(change)
+        self.order = None if self.order is None else change(self.order)
+        self.gain = None if self.gain is None else change(self.gain)
 
     def storage(self) -> tuple[GrowingTensor, GrowingTensor]:
         return self.codes, self.scales
+
+
+def _typical_scale(vectors: torch.Tensor) -> torch.Tensor:
+    """[B, h, 1, 1] float32: the power of 2 nearest to the median size of a coordinate of vectors [B, h, T,
+    D]."""
+    size = vectors.square().mean(dim=-1).median(dim=2).values.sqrt().clamp(1e-30, 1e30)
+    return size.log2().round().exp2().float()[..., None, None]
 
 
 class RecentWindow:
@@ -322,10 +342,9 @@ class TurboQuantLayer(CacheLayerMixin):
         if self.recent.keys is None:
             return
         self.recent.keys, self.recent.values = change(self.recent.keys), change(self.recent.values)
-        for stored in (*self._storage(), self.means):
-            stored.map(change)
+        self.means.map(change)
         for part in self._parts():
-            part.order = None if part.order is None else change(part.order)
+            part.map(change)
         self.norms = None if self.norms is None else change(self.norms)
         self.starts = None if self.starts is None else change(self.starts)
         if self.exact is not None:

@@ -24,12 +24,14 @@ class HeadCodes:
     Args:
         heads: their indices [h] in the layer, None for all heads.
         order: [B, h, D], the channels in the order in which they were coded; None if as they came.
+        gain: [B, h, 1, 1], a power of 2 by which the vectors were divided; None for 1.
     """
 
     packed: PackedVectors
     transform: Transform
     heads: torch.Tensor | None = None
     order: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """The rows [B, h, ...] of these heads of states [B, G, ...]."""
@@ -40,11 +42,14 @@ class HeadCodes:
         queries = self.select(queries)
         if self.order is not None:
             queries = queries.gather(-1, self.order[:, :, None].expand_as(queries))
-        return queries @ self.transform.decode.mT
+        queries = queries @ self.transform.decode.mT
+        return queries if self.gain is None else queries * self.gain
 
     def restore(self, rotated: torch.Tensor) -> torch.Tensor:
         """Vectors [B, h, R, D] in the basis of the codes, back in the model's basis."""
         vectors = rotated @ self.transform.decode
+        if self.gain is not None:
+            vectors = vectors * self.gain
         if self.order is None:
             return vectors
         index = self.order[:, :, None].expand_as(vectors)
