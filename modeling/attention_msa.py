@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from .attention_turboquant import NAME as TURBOQUANT_ATTENTION
 from .cache_memory import MemoryPrefix
 from .configuration_msa import MSAConfig
 
@@ -108,9 +109,10 @@ class MSAAttention(nn.Module):
             values = torch.cat([memory_prefix.values, values], dim=2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and hasattr(keys, "packed_view"):
+            implementation = TURBOQUANT_ATTENTION  # takes the same masks and reads codes
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attend(
             self,
             queries,

@@ -136,6 +136,8 @@ def _attend(query, view: LayerView, allowed, scaling, softcap, s_aux) -> torch.T
         sink = s_aux.float().view(1, groups, -1, 1, 1).expand(batch, -1, -1, tokens, -1).flatten(2, 3)
         scores = torch.cat([scores, sink], dim=-1)
     weights = scores.softmax(dim=-1)
+    if allowed is not None:  # padding may attend to nothing, and gets zeros
+        weights = weights.masked_fill(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0)
     output = weights[..., packed : view.length] @ view.values.float()
     if packed:
         if view.exact is not None:
@@ -188,10 +190,9 @@ def _masked(scores, view: LayerView, allowed, share: int) -> torch.Tensor:
     if positions is not None:
         empty = (positions < 0)[:, :, None]
         scores[..., view.length :].masked_fill_(empty, -torch.inf)
-        # An empty place points at an exact token of its own head, whose code is hidden in any case.
-        index = (
-            torch.where(positions < 0, positions.amax(dim=-1, keepdim=True), positions).clamp_min(0).long()
-        )
-        hidden = torch.full_like(scores[..., :1], -torch.inf).expand(-1, -1, -1, index.shape[-1])
-        scores.scatter_(-1, index[:, :, None].expand(hidden.shape), hidden)
+        # The code of an exact token is hidden; an empty place leaves the score that it meets as it is.
+        index = positions.clamp_min(0)[:, :, None].long()
+        hidden = torch.where(empty, torch.inf, -torch.inf)
+        shape = (*scores.shape[:3], positions.shape[2])
+        scores.scatter_reduce_(-1, index.expand(shape), hidden.to(scores.dtype).expand(shape), "amin")
     return scores

@@ -177,7 +177,7 @@ class MemoryCache(Cache):
     is_memory_cache = True
 
     def __init__(self, reader: MemoryReader, local: Cache | None = None):
-        self.reader = reader
+        self.reader, self.local_is_given = reader, local is not None
         locals_ = local.layers if local is not None and local.layers else None
         if locals_ is None:
             locals_ = [DynamicLayer() for _ in range(reader.config.num_hidden_layers)]

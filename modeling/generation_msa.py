@@ -9,6 +9,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .cache_memory import MemoryCache, MemoryReader
+from .cache_turboquant import TurboQuantCache
 from .interleave_msa import Interleave, answer_from, generative_interleave, router_interleave
 from .memory_bank import MemoryBank
 from .memory_encoding import encode_documents, pad_rows
@@ -228,6 +229,26 @@ class MSAGenerationMixin(GenerationMixin):
         tails = torch.nn.utils.rnn.pad_sequence(result.tokens, batch_first=True, padding_value=pad)
         sequences = torch.cat([input_ids.repeat_interleave(repeats, 0), tails.to(input_ids)], dim=1)
         return MemoryGenerateOutput(sequences, result.answers, result.rounds, retrieval)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Adds cache_implementation="quantized", cache_config={"backend": "turboquant", ...}, whose other
+        entries are arguments of `TurboQuantCache`."""
+        options = dict(generation_config.cache_config or {})
+        cache = model_kwargs.get("past_key_values")
+        reads_memory = getattr(cache, "is_memory_cache", False) and not cache.local_is_given
+        if (
+            generation_config.cache_implementation != "quantized"
+            or options.pop("backend", None) != "turboquant"
+            or generation_config.use_cache is False
+            or not (cache is None or reads_memory)
+        ):
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not reads_memory:  # else what comes first is the memory's prefix
+            options.setdefault("left_padding", model_kwargs.get("attention_mask"))
+        quantized = TurboQuantCache(self.config, **options)
+        if generation_config.is_assistant:
+            quantized.activate_past_recording()
+        model_kwargs["past_key_values"] = MemoryCache(cache.reader, quantized) if reads_memory else quantized
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)

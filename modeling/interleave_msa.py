@@ -149,7 +149,12 @@ def answer_from(
         )
         ids = torch.cat([shared.expand(len(ids), -1), ids], dim=1)
         mask = torch.cat([mask.new_ones(len(ids), shared.shape[1]), mask], dim=1)
-        if generate_options.get("num_beams", 1) == generate_options.get("num_return_sequences", 1) == 1:
+        config = generate_options.get("generation_config") or model.generation_config
+        own_cache = generate_options.get("cache_implementation", config.cache_implementation)
+        rows_stay = (
+            generate_options.get("num_beams", 1) == generate_options.get("num_return_sequences", 1) == 1
+        )
+        if rows_stay and own_cache is None:
             cache = _prefix_cache(model, shared, len(ids))
     stop = StopAtNewline(tokenizer, ids.shape[1]) if style == "examples" else None
     criteria = StoppingCriteriaList(generate_options.pop("stopping_criteria", None) or [])

@@ -22,6 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_msa import MSAAttention, MSADecoderLayer
+from .attention_turboquant import NAME as TURBOQUANT_ATTENTION
 from .cache_memory import MemoryCache
 from .configuration_msa import MSAConfig
 from .fingerprint_msa import hash_weights
@@ -177,9 +178,10 @@ class MSAModel(MSAPreTrainedModel):
         **kwargs,
     ) -> MSAModelOutput:
         """`forward` with memory. memory_mask: [B, T] bool, tokens that may read it (all by default)."""
-        if self.config._attn_implementation not in ("sdpa", "eager"):
+        if self.config._attn_implementation not in ("sdpa", "eager", TURBOQUANT_ATTENTION):
             raise ValueError(
-                f"memory is read with sdpa or eager attention; got {self.config._attn_implementation!r}. "
+                "memory is read with sdpa, eager or turboquant attention; got "
+                f"{self.config._attn_implementation!r}. "
                 'Call model.set_attn_implementation("sdpa").'
             )
         if attention_mask is not None and attention_mask.ndim != 2:
