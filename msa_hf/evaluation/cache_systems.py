@@ -1,0 +1,85 @@
+"""The caches of this package as systems that a benchmark can name: presets and plain bit widths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from msa_hf.evaluation.held_bytes import held_bytes
+
+DENSE = "dense"
+ATTENTION = "turboquant"
+
+
+@dataclass(frozen=True)
+class CacheSystem:
+    """A named way to make a cache, and the attention that reads it (None: the model's own)."""
+
+    name: str
+    make: Callable[[Any], Any]
+    attention: str | None = None
+
+
+def dense_system() -> CacheSystem:
+    """DynamicCache, the one that all others are compared with."""
+    return CacheSystem(DENSE, lambda config: DynamicCache(config=config))
+
+
+def cache_systems(names: Sequence[str], **settings: Any) -> list[CacheSystem]:
+    """Systems by name: "dense", a preset of TurboQuantCache such as "4bit", or widths such as "k4v3".
+
+    Args:
+        settings: further arguments of every TurboQuantCache.
+
+    Raises ValueError for another name.
+    """
+    from msa_hf.modeling.cache_settings import PRESETS
+    from msa_hf.modeling.cache_turboquant import TurboQuantCache
+
+    def system(name: str) -> CacheSystem:
+        if name == DENSE:
+            return dense_system()
+        if name in PRESETS:
+            return CacheSystem(name, lambda config: TurboQuantCache(config, name, **settings), ATTENTION)
+        if match := re.fullmatch(r"k([1-4])v([1-4])", name):
+            bits = {"key_bits": int(match[1]), "value_bits": int(match[2])}
+            return CacheSystem(name, lambda config: TurboQuantCache(config, **bits, **settings), ATTENTION)
+        known = ", ".join([DENSE, *PRESETS])
+        raise ValueError(f"a system is one of {known}, or key and value bits such as k4v3; got {name!r}")
+
+    return [system(name) for name in names]
+
+
+class using_attention:
+    """Context in which a model reads caches with another attention; its own comes back at the end."""
+
+    def __init__(self, model: Any, attention: str | None):
+        self.model, self.attention = model, attention
+
+    def __enter__(self) -> Any:
+        self.own = self.model.config._attn_implementation
+        if self.attention is not None:
+            self.model.set_attn_implementation(self.attention)
+        return self.model
+
+    def __exit__(self, *_: object) -> None:
+        self.model.set_attn_implementation(self.own)
+
+
+def settled_bytes(cache: Any, weights: Sequence[torch.Tensor] = ()) -> int:
+    """Bytes that a cache holds, without the room for coming tokens that its own report declares.
+
+    Raises RuntimeError if a cache with a report() does not hold what it says.
+    """
+    counted = held_bytes(cache, weights)
+    if not hasattr(cache, "report"):
+        return counted
+    report = cache.report()
+    if report["total"] != counted:
+        raise RuntimeError(f"the cache reports {report['total']:,} bytes and holds {counted:,}")
+    return counted - report["reserved"]
