@@ -6,6 +6,8 @@ T tokens, G key/value heads, D head dim, P packed tokens, L recent tokens.
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -18,29 +20,51 @@ from .turboquant import PackedVectors
 PACKED_AT_ONCE = 512  # tokens, where keys keep their mean
 
 
+@dataclass(frozen=True)
+class FirstTokens:
+    """Tokens that decide for all later ones of their rows, at the beginning of a slice [B, G, T, D].
+
+    Args:
+        rows: [B or 1], the rows whose first real tokens are in the slice.
+        real: [B or 1, F], which of its first F tokens are not padding; all, in rows with nothing but padding.
+    """
+
+    rows: torch.Tensor
+    real: torch.Tensor
+
+    def of(self, vectors: torch.Tensor) -> torch.Tensor:
+        """[B, G, F, D], NaN where there is padding."""
+        chosen = vectors[:, :, : self.real.shape[1]]
+        return chosen.masked_fill(~self.real[:, None, :, None], torch.nan)
+
+    def settle(self, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        """What now holds: [B, ...], `new` for `rows` and for those that had nothing."""
+        return new if old is None else torch.where(self.rows.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
 class PackedHeads:
     """Growing storage of some heads' codes."""
 
-    def __init__(self, coding: HeadCoding, heads: int, first: int, device: torch.device):
-        self.coding, self.first, self.codes, self.scales = coding, first, GrowingTensor(), GrowingTensor()
+    def __init__(self, coding: HeadCoding, heads: int, device: torch.device):
+        self.coding, self.codes, self.scales = coding, GrowingTensor(), GrowingTensor()
         everything = coding.heads == tuple(range(heads))
         self.heads = None if everything else torch.tensor(coding.heads, device=device)
         self.order: torch.Tensor | None = None
         self.gain: torch.Tensor | None = None
 
-    def append(self, vectors: torch.Tensor) -> None:
+    def append(self, vectors: torch.Tensor, first: FirstTokens | None) -> None:
         """Packs vectors [B, G, T, D] float64 of all heads; the `first` ones decide gain and order of
         channels."""
         if self.heads is not None:
             vectors = vectors.index_select(1, self.heads)
         if self.coding.quantizer.scale_dtype == torch.uint8:
-            if self.gain is None:
-                self.gain = _typical_scale(vectors[:, :, : self.first])
+            if first is not None:
+                self.gain = first.settle(self.gain, _typical_scale(first.of(vectors)))
             vectors = vectors / self.gain
         if self.coding.sort_channels:
-            if self.order is None:
-                energy = vectors[:, :, : self.first].square().mean(dim=2)
-                self.order = energy.argsort(dim=-1, descending=True, stable=True)
+            if first is not None:
+                energy = first.of(vectors).square().nanmean(dim=2)
+                self.order = first.settle(self.order, energy.argsort(dim=-1, descending=True, stable=True))
             vectors = vectors.gather(-1, self.order[:, :, None].expand_as(vectors))
         transform = self.coding.transform.to(vectors.device)
         packed = self.coding.quantizer.encode(vectors @ transform.encode)
@@ -65,7 +89,7 @@ class PackedHeads:
 def _typical_scale(vectors: torch.Tensor) -> torch.Tensor:
     """[B, h, 1, 1] float32: the power of 2 nearest to the median size of a coordinate of vectors [B, h, T,
     D]."""
-    size = vectors.square().mean(dim=-1).median(dim=2).values.sqrt().clamp(1e-30, 1e30)
+    size = vectors.square().mean(dim=-1).nanmedian(dim=2).values.sqrt().clamp(1e-30, 1e30)
     return size.log2().round().exp2().float()[..., None, None]
 
 
@@ -114,7 +138,8 @@ class TurboQuantLayer(CacheLayerMixin):
 
     Args:
         settings: what all layers share. index: this layer's number, for its bit map, transforms and messages.
-        left_padding: padding tokens before each row, which count for no mean and are no sinks.
+        left_padding: padding tokens before each row. They are no sinks, count for no mean, and decide nothing
+            about the codes of real tokens.
     """
 
     is_compileable = False
@@ -145,7 +170,7 @@ class TurboQuantLayer(CacheLayerMixin):
             for kind, states in (("keys", key_states), ("values", value_states))
         ]
         self.packed_keys, self.packed_values = (
-            [PackedHeads(coding, heads, self.settings.block, device) for coding in group] for group in codings
+            [PackedHeads(coding, heads, device) for coding in group] for group in codings
         )
         if self.left_padding is not None:
             repeats, rest = divmod(key_states.shape[0], len(self.left_padding))
@@ -167,17 +192,33 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
-        before = self.recent.length
         keys, values = self.recent.append(key_states, value_states)
         view = self.view()
         if count := self._leaving():
+            undo = self._undo(key_states.shape[2])
             try:
                 self._pack(keys, values, count)
             except BaseException:
-                self.recent.length = before
+                undo()
                 raise
             self.recent.drop(count)
         return PackedStates(view, "keys"), PackedStates(view, "values")
+
+    def _undo(self, added: int) -> Callable[[], None]:
+        """What takes this layer back to where it was before `added` tokens came, if they cannot be packed."""
+        before = (self.packed_length, copy(self.means), self.norms, self.exact)
+        decided = [(part, part.order, part.gain) for part in self._parts()]
+
+        def undo():
+            self.recent.length -= added
+            self.packed_length, self.means, self.norms, self.exact = before
+            for part, part.order, part.gain in decided:
+                for stored in part.storage():
+                    stored.crop(self.packed_length)
+            if not self.get_seq_length():
+                self._clear()
+
+        return undo
 
     def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.recent.keys is None:
@@ -210,53 +251,92 @@ class TurboQuantLayer(CacheLayerMixin):
             packed_length=self.packed_length,
         )
 
+    @torch.no_grad()
     def _pack(self, keys: torch.Tensor, values: torch.Tensor, count: int) -> None:
-        """Packs the oldest `count` of the recent keys and values [B, G, L, D], group by group."""
+        """Packs the oldest `count` of the recent keys and values [B, G, L, D], slice by slice."""
         for name, states in (("keys", keys), ("values", values)):
             if not states[:, :, :count].isfinite().all():
                 raise ValueError(f"the {name} of layer {self.index} hold NaN or infinity: nothing was packed")
-        size = self.settings.mean_group or PACKED_AT_ONCE
-        done = 0
+        size, done = self.settings.mean_group, 0
+        begins = self._begins()
         while done < count:
             position = self.packed_length
-            taken = slice(done, min(count, done + size - position % size))
+            taken = slice(done, min(count, done + self._slice_length(position, begins)))
+            first = self._first_tokens(position, taken.stop - done, begins)
             new_keys, new_values = keys[:, :, taken].double(), values[:, :, taken].double()
-            ahead = slice(done, done + min(size, self.recent.capacity))
-            if self.settings.mean_group:
-                if self.means.length <= position // size:
-                    self.means.append(self._mean(keys[:, :, ahead], position).bfloat16())
+            if size:
+                self._set_mean(keys[:, :, done : done + min(size, self.recent.capacity)], position, first)
                 new_keys -= self.means.view()[:, :, position // size, None].double()
             if self.settings.exact_tokens:
-                self._keep_extremes(keys[:, :, taken], values[:, :, taken], new_keys, new_values, position)
+                self._keep_extremes(
+                    keys[:, :, taken], values[:, :, taken], new_keys, new_values, position, first
+                )
             for part in self.packed_keys:
-                part.append(new_keys)
+                part.append(new_keys, first)
             for part in self.packed_values:
-                part.append(new_values)
+                part.append(new_values, first)
             self.packed_length += taken.stop - taken.start
             done = taken.stop
 
-    def _mean(self, keys: torch.Tensor, position: int) -> torch.Tensor:
-        """Mean [B, G, 1, D] over tokens that are neither padding nor sinks (over all where no other is)."""
-        weights = self._token_index(keys, position) >= self.settings.sinks
-        weights = (weights | ~weights.any(dim=1, keepdim=True)).double()[:, None, :, None]
-        return (keys.double() * weights).sum(dim=2, keepdim=True) / weights.sum(dim=2, keepdim=True)
+    def _begins(self) -> list[int]:
+        """Where the blocks begin that hold the first real token of a row."""
+        block = self.settings.block
+        return [0] if self.starts is None else [start // block * block for start in self.starts.tolist()]
 
-    def _token_index(self, keys: torch.Tensor, position: int) -> torch.Tensor:
-        """[1 or B, T], the number of each token in its row, negative for left padding."""
-        index = torch.arange(position, position + keys.shape[2], device=keys.device)[None]
+    def _slice_length(self, position: int, begins: list[int]) -> int:
+        """Tokens from `position` on that are packed together: they share a mean and no row begins among
+        them."""
+        size = self.settings.mean_group or PACKED_AT_ONCE
+        return min([size - position % size, *(begin - position for begin in begins if begin > position)])
+
+    def _first_tokens(self, position: int, length: int, begins: list[int]) -> FirstTokens | None:
+        """The first tokens of rows that begin in this slice; None if there are no such rows."""
+        block = self.settings.block
+        if position and not any(begin <= position < begin + block for begin in begins):
+            return None
+        index = self._token_index(position, min(length, block - position % block))
+        real = index >= 0
+        rows = real.any(dim=1) & (index[:, 0] <= 0)
+        return FirstTokens(rows, real | ~real.any(dim=1, keepdim=True))
+
+    def _set_mean(self, keys: torch.Tensor, position: int, first: FirstTokens | None) -> None:
+        """Keeps the mean of keys [B, G, T, D] for the group at `position`, in which a row may begin late."""
+        group = position // self.settings.mean_group
+        if self.means.length <= group:
+            self.means.append(self._mean(keys, position))
+        elif first is not None:
+            mean = self._mean(keys, position)
+            self.means.map(
+                lambda old: torch.cat([old[:, :, :group], first.settle(old[:, :, group:], mean)], 2)
+            )
+
+    def _mean(self, keys: torch.Tensor, position: int) -> torch.Tensor:
+        """Mean [B, G, 1, D], bfloat16, over the tokens of each row that are neither padding nor sinks; over
+        its sinks where no other is there, and over padding where nothing else is."""
+        index = self._token_index(position, keys.shape[2])
+        weights = index >= self.settings.sinks
+        for others in (index >= 0, torch.ones_like(weights)):
+            weights = weights | (others & ~weights.any(dim=1, keepdim=True))
+        weights = weights.double()[:, None, :, None]
+        return ((keys.double() * weights).sum(dim=2, keepdim=True) / weights.sum(2, keepdim=True)).bfloat16()
+
+    def _token_index(self, position: int, length: int) -> torch.Tensor:
+        """[1 or B, T], the number of each of `length` tokens in its row, negative for left padding."""
+        index = torch.arange(position, position + length, device=self.recent.keys.device)[None]
         return index if self.starts is None else index - self.starts[:, None]
 
-    def _keep_extremes(self, keys, values, centred_keys, centred_values, position: int) -> None:
+    def _keep_extremes(self, keys, values, centred_keys, centred_values, position: int, first) -> None:
         """Keeps the sinks and the tokens with the longest keys or values of each head as they are.
 
         A key's length is measured from the mean, both lengths relative to the first tokens packed, because
         the error of a code grows with it. The longest so far stay; what they push out is read from its code.
         """
         lengths = torch.stack([part.square().sum(dim=-1) for part in (centred_keys, centred_values)], dim=-1)
-        if self.norms is None:
-            self.norms = lengths[:, :, : self.settings.block].median(dim=2).values.clamp_min(1e-30)
+        if first is not None:
+            typical = first.of(lengths).nanmedian(dim=2).values.clamp_min(1e-30)
+            self.norms = first.settle(self.norms, typical)
         scores = (lengths / self.norms[:, :, None]).amax(dim=-1).float()
-        index = self._token_index(keys, position)[:, None]
+        index = self._token_index(position, keys.shape[2])[:, None]
         scores = scores.masked_fill(index < self.settings.sinks, torch.inf).masked_fill(index < 0, -torch.inf)
         positions = torch.arange(position, position + keys.shape[2], dtype=torch.int32, device=keys.device)
         positions = positions.expand(scores.shape).masked_fill(scores == -torch.inf, -1)
