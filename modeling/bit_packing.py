@@ -38,9 +38,8 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     body, start, low, codes = count // 8 * 8, 0, 0, None
     for width in PLANES[bits]:
         size = body * width // 8
-        shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)[:, None]
-        plane = (packed[..., None, start : start + size] >> shifts) & (2**width - 1)
-        plane = plane.flatten(-2)
+        plane = packed[..., start : start + size]
+        plane = torch.cat([(plane >> shift) & (2**width - 1) for shift in range(0, 8, width)], dim=-1)
         codes = plane if codes is None else codes | (plane << low)
         start, low = start + size, low + width
     if tail := count - body:
