@@ -34,6 +34,7 @@ def turboquant_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """The attention function. Keys and values may be handles of a TurboQuantCache or dense tensors [B, G, T,
@@ -44,20 +45,22 @@ def turboquant_attention(
         attention_mask: None, [B, T] bool of real tokens (causality is applied here), or [B, 1, Q, T] bool or
             additive, which says everything.
         softcap: logit soft-capping (Gemma 2). s_aux: [H], logits of attention sinks (gpt-oss).
+        is_causal: whether causality is applied where the mask leaves it open; None: as `module` says.
 
     Returns:
         ([B, Q, H, D], None).
     """
     view = getattr(key, "packed_view", None) or LayerView((), (), None, 0, None, key, value, 0)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not view.packed_length and softcap is None and s_aux is None:
-        return _dense_attention(module, query, view, attention_mask, scaling, dropout, **kwargs)
+        return _dense_attention(module, query, view, attention_mask, causal, scaling, dropout, **kwargs)
     batch, heads, tokens, _ = query.shape
     at_once = max(1, _SCORES_AT_ONCE // (batch * heads * view.length))
     outputs = []
     for start in range(0, tokens, at_once):
         stop = min(tokens, start + at_once)
-        allowed = _allowed(attention_mask, tokens, view.length, start, stop, query.device)
+        allowed = _allowed(attention_mask, causal, tokens, view.length, start, stop, query.device)
         outputs.append(_attend(query[:, :, start:stop], view, allowed, scaling, softcap, s_aux))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output.transpose(1, 2).contiguous(), None
@@ -93,29 +96,35 @@ AttentionInterface.register(NAME, turboquant_attention)
 AttentionMaskInterface.register(NAME, turboquant_mask)
 
 
-def _dense_attention(module, query, view, attention_mask, scaling, dropout, **kwargs):
+def _dense_attention(module, query, view, attention_mask, causal, scaling, dropout, **kwargs):
     """Transformers' own SDPA over keys and values that are not packed."""
-    if attention_mask is not None and attention_mask.dim() == 2:
-        attention_mask = _allowed(
-            attention_mask, query.shape[2], view.length, 0, query.shape[2], query.device
-        )
-    elif attention_mask is None and 1 < query.shape[2] < view.length:
-        attention_mask = _allowed(None, query.shape[2], view.length, 0, query.shape[2], query.device)
+    tokens = query.shape[2]
+    no_past = attention_mask is None and tokens == view.length  # SDPA applies causality itself
+    if not no_past and (attention_mask is None or attention_mask.dim() == 2):
+        attention_mask = _allowed(attention_mask, causal, tokens, view.length, 0, tokens, query.device)
     return sdpa_attention_forward(
-        module, query, view.keys, view.values, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        module,
+        query,
+        view.keys,
+        view.values,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=causal,
+        **kwargs,
     )
 
 
-def _allowed(mask, tokens: int, length: int, start: int, stop: int, device) -> torch.Tensor | None:
+def _allowed(mask, causal, tokens: int, length: int, start: int, stop: int, device) -> torch.Tensor | None:
     """What query tokens start ... stop of `tokens` may attend to: bool or additive [B, 1, Q, T], or None for
     all."""
     if mask is not None and mask.dim() == 4:
         return mask[:, :, start:stop, :length]
-    if tokens == 1:
+    if tokens == 1 or not causal:
         return None if mask is None else mask[:, None, None, :]
     position = torch.arange(length - tokens + start, length - tokens + stop, device=device)
-    causal = (torch.arange(length, device=device) <= position[:, None])[None, None]
-    return causal if mask is None else causal & mask[:, None, None, :]
+    before = (torch.arange(length, device=device) <= position[:, None])[None, None]
+    return before if mask is None else before & mask[:, None, None, :]
 
 
 def _attend(query, view: LayerView, allowed, scaling, softcap, s_aux) -> torch.Tensor:
