@@ -9,8 +9,10 @@ every step.
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -19,7 +21,10 @@ from transformers.cache_utils import (
 )
 
 from .attention_turboquant import NAME as ATTENTION  # importing it registers the attention and mask functions
+from .cache_files import SavedCache, architecture, check_architecture, read_cache, write_cache
+from .cache_report import CacheReport, report_cache
 from .cache_settings import PRESETS, CacheSettings
+from .fingerprint_msa import hash_decoder
 from .layer_turboquant import TurboQuantLayer
 
 
@@ -51,6 +56,7 @@ class TurboQuantCache(Cache):
         **changes: Any,
     ):
         self.settings = resolve_settings(preset, changes)
+        self.architecture = architecture(config)
         decoder = config.get_text_config(decoder=True)
         kinds, arguments = get_layer_types_and_kwargs(decoder)
         self.settings.check_model(len(kinds), _key_value_heads(decoder, len(kinds)))
@@ -71,6 +77,66 @@ class TurboQuantCache(Cache):
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
         return [layer for layer in self.layers if isinstance(layer, TurboQuantLayer)]
+
+    def report(self) -> CacheReport:
+        """Bytes of what this cache holds, and of the same tokens in bfloat16; print it for a table."""
+        return report_cache(self)
+
+    def save_pretrained(
+        self, directory: str | Path, model: Any = None, entropy_coding: bool = False
+    ) -> SavedCache:
+        """Saves the cache to a directory; one that is there is replaced in one step, once this is complete.
+
+        Args:
+            model: the model that filled the cache. With it the file knows the weights and not only the
+                architecture, and refuses others.
+            entropy_coding: makes codes and scales about a tenth smaller, for archives (needs constriction).
+
+        Returns:
+            The bytes written, and what they would be without entropy coding.
+
+        Raises:
+            ValueError: a layer cannot be saved. MemoryMismatchError: `model` did not fill this cache.
+            ImportError: constriction is not installed. Nothing is written in these cases.
+        """
+        if model is not None:
+            check_architecture("this cache", self.architecture, architecture(model.config))
+        padding = next((layer.left_padding for layer in self.packed_layers), None)
+        weights = None if model is None else hash_decoder(model)
+        return write_cache(
+            directory, self.layers, self.settings, self.architecture, padding, weights, entropy_coding
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        model_or_config: Any,
+        device: str | torch.device | None = None,
+        *,
+        offloading: bool = False,
+    ) -> "TurboQuantCache":
+        """The cache that `save_pretrained` wrote. It goes on exactly as the one that was saved.
+
+        Args:
+            model_or_config: the model that will use it, or its configuration; weights are compared only if
+                the model is given here and was given when the cache was saved.
+            device: where it goes; None for the model's device, or the CPU.
+            offloading: see `TurboQuantCache`.
+
+        Raises:
+            FileNotFoundError: there is no cache. MemoryFormatError: it is damaged or of another format
+            version. MemoryMismatchError: it was made by another model; the message says what differs.
+            ImportError: it is entropy coded and constriction is not installed.
+        """
+        model = model_or_config if hasattr(model_or_config, "get_decoder") else None
+        config = model_or_config if model is None else model.config
+        stored = read_cache(directory, config, model)
+        cache = cls(config, stored.settings, left_padding=stored.left_padding, offloading=offloading)
+        if device is None:
+            device = "cpu" if model is None else model.device
+        stored.fill(cache.layers, torch.device(device))
+        return cache
 
 
 def resolve_settings(preset: str | CacheSettings, changes: dict[str, Any]) -> CacheSettings:

@@ -6,12 +6,12 @@ class MSAError(Exception):
 
 
 class MemoryFormatError(MSAError, ValueError):
-    """A saved memory is damaged, cut off, incomplete, or of a format version that this release does not
-    read."""
+    """A saved memory or cache is damaged, cut off, incomplete, or of a format version that this release does
+    not read."""
 
 
 class MemoryMismatchError(MSAError, ValueError):
-    """A memory was made by another model, tokenizer or router than the one that now reads it."""
+    """A memory or cache was made by another model, tokenizer or router than the one that now reads it."""
 
 
 class DocumentError(MSAError, ValueError):

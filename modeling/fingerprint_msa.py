@@ -1,4 +1,4 @@
-"""Which weights made a memory."""
+"""Which weights made a memory or a cache."""
 
 import hashlib
 
@@ -19,10 +19,25 @@ def hash_weights(decoder: nn.Module, router_layers: list[int]) -> dict[str, str]
     for prefix, module in (("embed_tokens", decoder.embed_tokens), ("layers", decoder.layers[:depth])):
         for name, tensor in sorted(effective_parameters(module).items()):
             part = parts["routers" if "router_" in name else "backbone"]
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16)
-            part.update(f"{prefix}.{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+            part.update(_sample(f"{prefix}.{name}", tensor))
     return {name: part.hexdigest()[:16] for name, part in parts.items()}
+
+
+def hash_decoder(model: nn.Module) -> str:
+    """Short hash of the weights that any Transformers model computes keys and values with.
+
+    The same for a checkpoint in every floating-point type; an active PEFT adapter counts, the head does not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(effective_parameters(model.get_decoder()).items()):
+        digest.update(_sample(name, tensor))
+    return digest.hexdigest()[:16]
+
+
+def _sample(name: str, tensor: torch.Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16).view(torch.int16)
+    return f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
 
 
 def effective_parameters(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -40,11 +40,7 @@ def write_memory(
         for text in documents:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
         _sync(file)
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, directory / names["vectors"]
-    )
-    with open(directory / names["vectors"], "rb") as file:
-        os.fsync(file.fileno())
+    write_tensors(directory / names["vectors"], tensors)
     index = {
         "format": "msa_hf memory",
         "format_version": FORMAT_VERSION,
@@ -56,11 +52,7 @@ def write_memory(
         },
         "documents_sha256": file_sha256(directory / names["documents"]),
     }
-    temporary = directory / f".{INDEX}-{stamp}"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
-        _sync(file)
-    os.replace(temporary, directory / INDEX)
+    replace_json(directory / INDEX, index, stamp)
     for pattern in ("documents-*.jsonl", "vectors-*.safetensors"):
         for stale in directory.glob(pattern):
             if stale.name not in names.values():
@@ -85,10 +77,11 @@ def read_memory(directory: str | Path):
                 f"{version!r}"
             )
         paths = {
-            kind: directory / _file_name(index["files"][kind]["name"]) for kind in ("documents", "vectors")
+            kind: directory / check_file_name(index["files"][kind]["name"], INDEX)
+            for kind in ("documents", "vectors")
         }
         for kind, path in paths.items():
-            _check_size(path, index["files"][kind]["bytes"])
+            check_size(path, index["files"][kind]["bytes"])
         if file_sha256(paths["documents"]) != index["documents_sha256"]:
             raise MemoryFormatError(f"{paths['documents']} is damaged: its SHA-256 differs from {INDEX}")
         settings = _settings(index["settings"])
@@ -133,13 +126,31 @@ def _check_tensors(tensors: dict, settings: MemorySettings, documents: int) -> N
                 raise MemoryFormatError(f"layers.{layer}.{name} must have shape {expected}; got {shape}")
 
 
-def _file_name(name: str) -> str:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a safetensors file and waits until it is on the disk."""
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def replace_json(path: Path, data: dict, stamp: str) -> None:
+    """Replaces a JSON file in one step; `stamp` makes the name of the file that is written first."""
+    temporary = path.with_name(f".{path.name}-{stamp}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        _sync(file)
+    os.replace(temporary, path)
+
+
+def check_file_name(name: str, index: str) -> str:
+    """The name, if it leads out of no directory; `index` is the file that gave it."""
     if not isinstance(name, str) or Path(name).name != name:
-        raise MemoryFormatError(f"files in {INDEX} must be plain file names; got {name!r}")
+        raise MemoryFormatError(f"files in {index} must be plain file names; got {name!r}")
     return name
 
 
-def _check_size(path: Path, expected: int) -> None:
+def check_size(path: Path, expected: int) -> None:
+    """Raises MemoryFormatError if the file does not have the expected number of bytes."""
     size = path.stat().st_size if path.is_file() else None
     if size != expected:
         raise MemoryFormatError(
