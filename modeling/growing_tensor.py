@@ -5,6 +5,11 @@ from collections.abc import Callable
 import torch
 
 
+def writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where it was made in inference mode and would be written to outside of it."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
 class GrowingTensor:
     """Rows [B, G, T, ...] in a buffer that is enlarged by an eighth when it is full.
 
@@ -27,6 +32,7 @@ class GrowingTensor:
                 grown = self.buffer.new_empty(batch, heads, max(length, self.length * 9 // 8), *rest)
                 grown[:, :, : self.length] = self.view()
                 self.buffer = grown
+            self.buffer = writable(self.buffer)
             self.buffer[:, :, self.length : length] = rows
         self.length = length
 

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .cache_settings import CacheSettings, HeadCoding
-from .growing_tensor import GrowingTensor
+from .growing_tensor import GrowingTensor, writable
 from .packed_states import ExactTokens, HeadCodes, LayerView, PackedStates
 from .turboquant import PackedVectors
 
@@ -107,6 +107,7 @@ class RecentWindow:
         if self.keys is None or length > self.keys.shape[2]:
             room = max(self.capacity, length)
             self.keys, self.values = (self._moved(old, new, room) for old, new in self._pairs(keys, values))
+        self.keys, self.values = writable(self.keys), writable(self.values)
         self.keys[:, :, self.length : length] = keys
         self.values[:, :, self.length : length] = values
         self.length = length

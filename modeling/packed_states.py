@@ -121,7 +121,7 @@ class LayerView:
                 decoded.index_copy_(1, part.heads, states.to(recent.dtype))
         if exact is not None:
             # A place behind the last token takes what holds no token.
-            decoded = torch.cat([decoded, recent[:, :, :1]], dim=2)
+            decoded = torch.cat([decoded, decoded[:, :, :1]], dim=2)
             positions = self.exact.positions
             place = torch.where(positions < 0, self.packed_length, positions).long()
             decoded.scatter_(2, place[..., None].expand_as(exact), exact)

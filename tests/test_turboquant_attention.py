@@ -253,7 +253,7 @@ def test_training_without_a_cache(name, padding_side):
         model.set_attn_implementation(implementation)
         loss = model(**inputs, labels=labels, use_cache=False).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(loss.item())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
