@@ -19,6 +19,7 @@ from .codebooks import boundaries, codebook
 from .rotations import haar, signed_hadamard
 
 SCALE_RULES = ("least_squares", "unbiased", "matched_norm")
+LARGEST_SCALE = 2.0**120  # longer vectors are read as shorter ones, so that float32 holds them in every basis
 
 
 class Transform:
@@ -107,9 +108,10 @@ class VectorQuantizer:
         return 8 * self.vector_bytes / self.dim
 
     def encode(self, rotated: torch.Tensor) -> "PackedVectors":
-        """Codes of rotated vectors [..., D]. Finite for every finite input.
+        """Codes of rotated vectors [..., D]. Finite, and finite when read, for every finite input.
 
-        Works in float64, so that neither overflow nor the shape of the batch decides a bit.
+        Works in float64 and settles what lies on a boundary, so that neither overflow nor the shape of the
+        batch decides a bit.
         """
         codes, scales, start = [], [], 0
         for width, bits in self.parts:
@@ -123,7 +125,7 @@ class VectorQuantizer:
     def _encode_part(self, part: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         width = part.shape[-1]
         length = part.norm(dim=-1, keepdim=True)
-        spread = part * (width**0.5 / length.clamp_min(1e-300))
+        spread = settle(part * (width**0.5 / length.clamp_min(1e-300)))
         index = torch.bucketize(spread, boundaries(width, bits).to(part.device), out_int32=True)
         centroids = codebook(width, bits).to(part.device)[index].double()
         if self.scale_rule == "matched_norm":
@@ -149,9 +151,19 @@ class VectorQuantizer:
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
 
 
+def settle(numbers: torch.Tensor) -> torch.Tensor:
+    """Float64 numbers of a size around 1, rounded to 2^-40.
+
+    Sums of few-bit numbers often cancel exactly, on the boundary between two codes. In floating point the
+    order of the sum, which depends on the batch and the device, would then choose the code; the rounding
+    absorbs it.
+    """
+    return (numbers * 2.0**40).round() * 2.0**-40
+
+
 def _store_scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 16:
-        return scale.clamp(max=torch.finfo(torch.bfloat16).max).bfloat16()
+        return scale.clamp(max=LARGEST_SCALE).bfloat16()
     table = scale_table().to(scale.device)
     middle = (table[1:] * table[:-1]).sqrt()  # 0 below the first scale, so only a zero vector gets level 0
     return torch.bucketize(scale, middle, out_int32=True).to(torch.uint8)
