@@ -41,7 +41,7 @@ class CacheSettings:
             are, those with the longest keys or values so far.
         mean_group: tokens that share one mean, which is taken from their keys before coding; 0 for none.
         key_scale, value_scale: rule of the scales, see `VectorQuantizer`.
-        key_scale_bits, value_scale_bits: 8 or 16 for each scale.
+        key_scale_bits, value_scale_bits: 8 or 16 for each scale. code_search: see `VectorQuantizer`.
         rotation: "hadamard" (random signs), "haar" or "none", made from `seed`.
         form: "mse"; "prod" (QJL on the residual) and "polar" (PolarQuant's angles) replay the papers.
         dense_layers: layers left in model precision, negative numbers from the end.
@@ -56,11 +56,12 @@ class CacheSettings:
     block: int = 64
     sinks: int = 4
     extremes: int = 4
-    mean_group: int = 512
+    mean_group: int = 256
     key_scale: str = "unbiased"
-    value_scale: str = "least_squares"
-    key_scale_bits: int = 16
-    value_scale_bits: int = 16
+    value_scale: str = "unbiased"
+    key_scale_bits: int = 8
+    value_scale_bits: int = 8
+    code_search: int = 9
     rotation: str = "hadamard"
     seed: int = 0
     form: str = "mse"
@@ -68,7 +69,14 @@ class CacheSettings:
 
     def __post_init__(self):
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name, lowest in (("window", 0), ("block", 1), ("sinks", 0), ("extremes", 0), ("mean_group", 0)):
+        for name, lowest in (
+            ("window", 0),
+            ("block", 1),
+            ("sinks", 0),
+            ("extremes", 0),
+            ("mean_group", 0),
+            ("code_search", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
@@ -149,8 +157,8 @@ class CacheSettings:
         if self.form == "polar":
             return PolarQuantizer(parts)
         if kind == "keys":
-            return VectorQuantizer(parts, self.key_scale, self.key_scale_bits)
-        return VectorQuantizer(parts, self.value_scale, self.value_scale_bits)
+            return VectorQuantizer(parts, self.key_scale, self.key_scale_bits, self.code_search)
+        return VectorQuantizer(parts, self.value_scale, self.value_scale_bits, self.code_search)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
