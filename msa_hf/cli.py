@@ -17,7 +17,9 @@ _SUITES = {
     "retrieval": "recall of routers, BM25, both fused, and a sentence encoder",
     "answers": "exact match and F1: closed book, from memory, with the gold paragraphs given",
     "cost": "encoding speed, time to first token, peak memory, bytes per token",
+    "cache": "quantised key/value caches: KL, length, needles, MMLU, speed, bytes; any causal model",
 }
+_CACHE_PARTS = "quality, bytes, length, needle, mmlu, speed"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -193,14 +195,18 @@ def _add_eval(subparsers) -> None:
     parser = _command(
         subparsers,
         "eval",
-        "measure retrieval, answers or cost on HotpotQA",
+        "measure retrieval, answers or cost on HotpotQA, or quantised caches",
         "\n".join(f"{name:10} {what}" for name, what in _SUITES.items()),
         "msa-hf eval retrieval ./smol-msa",
         "msa-hf eval answers ./smol-msa --questions 200 --out answers.json",
         "msa-hf eval cost ./smol-msa --json",
+        "msa-hf eval cache smollm2-135m --systems 4bit,k4v3 --peers --plot kl.png",
+        "msa-hf eval cache qwen2.5-coder-0.5b --parts mmlu --systems 2.7bit,1.8bit",
     )
     parser.add_argument("suite", choices=list(_SUITES), metavar="SUITE", help=", ".join(_SUITES))
-    parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a converted model; cache: of any, or a packaged one"
+    )
     parser.add_argument("--questions", type=_positive, metavar="N", help="use the first N questions")
     parser.add_argument(
         "--memory-questions",
@@ -212,10 +218,37 @@ def _add_eval(subparsers) -> None:
     parser.add_argument("--no-encoder", action="store_true", help="retrieval: leave the sentence encoder out")
     parser.add_argument("--cache", metavar="FOLDER", help="where memories are kept between runs")
     parser.add_argument("--out", metavar="FILE", help="write the whole report as JSON, too")
-    parser.add_argument("--plot", metavar="FILE", help="retrieval: write a plot, too (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="retrieval, cache: write a plot, too (needs matplotlib)"
+    )
+    _add_cache_suite(parser)
     _add_batch_tokens(parser)
     _add_loading(parser)
     parser.set_defaults(run=commands.evaluate)
+
+
+def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("cache suite")
+    group.add_argument(
+        "--systems",
+        type=_names,
+        metavar="NAME,NAME",
+        help="caches: presets such as 4bit, key and value bits such as k4v3, JSON files of settings, dense "
+        "(default 4bit,3bit,k2v2)",
+    )
+    group.add_argument("--key-bits", type=int, metavar="N", help="one more cache with these bits")
+    group.add_argument("--value-bits", type=int, metavar="N", help="its values (default: as the keys)")
+    group.add_argument("--peers", action="store_true", help="install and measure other packages' caches, too")
+    group.add_argument(
+        "--parts", type=_names, metavar="PART,PART", help=f"{_CACHE_PARTS} (default quality,bytes)"
+    )
+    group.add_argument(
+        "--texts", type=_positive, metavar="N", help="texts of quality and of length (9 and 4)"
+    )
+    group.add_argument("--contexts", type=_integers, metavar="N,N", help="tokens held in speed (2048,8192)")
+    group.add_argument(
+        "--lengths", type=_integers, metavar="N,N", help="tokens of needle (1024,2048,4096,7500)"
+    )
 
 
 def _command(subparsers, name: str, title: str, description: str, *examples: str) -> argparse.ArgumentParser:
@@ -255,6 +288,10 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _integers(text: str) -> list[int]:

@@ -150,6 +150,9 @@ def train_router(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.suite == "cache":
+        evaluate_cache(options)
+        return
     from .evaluation import answers, cost, retrieval
     from .evaluation.cached_memory import benchmark_memory
     from .evaluation.hotpotqa import load_hotpotqa
@@ -179,6 +182,49 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.out:
         suite.save_json(report, options.out)
     print(json.dumps(report.to_dict()) if options.json else suite.render(report))
+
+
+def evaluate_cache(options: argparse.Namespace) -> None:
+    from .evaluation import cache_evaluation
+    from .evaluation.cache_benchmark import CacheTask, all_peers
+    from .evaluation.cache_benchmark import evaluate_cache as measure
+    from .evaluation.cache_systems import cache_systems
+
+    names = list(options.systems or ([] if options.key_bits else ["4bit", "3bit", "k2v2"]))
+    if options.key_bits:
+        names.append(f"k{options.key_bits}v{options.value_bits or options.key_bits}")
+    elif options.value_bits:
+        raise MSAError("--value-bits needs --key-bits")
+    given = {
+        "parts": options.parts,
+        "texts": options.texts,
+        "long_texts": options.texts,
+        "questions": options.questions,
+        "contexts": options.contexts,
+        "needle_lengths": options.lengths,
+    }
+    task = CacheTask(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
+        }
+    )
+    if options.plot and "quality" not in task.parts:
+        raise MSAError("--plot shows KL over bits: it needs the part quality")
+    report = measure(
+        options.model,
+        cache_systems(names),
+        task,
+        peers=all_peers() if options.peers else (),
+        dtype="float32" if options.dtype == "auto" else options.dtype,
+        device=options.device,
+    )
+    if options.plot:
+        cache_evaluation.save_plot(report, options.plot)
+    if options.out:
+        cache_evaluation.save_json(report, options.out)
+    print(json.dumps(report.to_dict()) if options.json else cache_evaluation.render(report))
 
 
 def load_model(path: str, device: str | None = None, dtype: str = "auto"):

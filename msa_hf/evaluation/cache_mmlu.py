@@ -99,7 +99,7 @@ def describe_storage(cache: Any, tokens: int) -> dict[str, float]:
     """How the examples are held, as the cache itself reports; without a report only their number."""
     described = {"prefix_tokens": float(tokens)}
     if hasattr(cache, "report"):
-        described |= {key: float(value) for key, value in cache.report().items() if _is_number(value)}
+        described |= {key: float(value) for key, value in cache.report().to_dict().items()}
     return described
 
 
@@ -137,7 +137,3 @@ def _block(question: str, choices: Sequence[str]) -> str:
         "Answer:",
     ]
     return "\n".join(lines)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,7 +14,7 @@ from msa_hf.evaluation.decode_speed import SpeedRatio, decode_speed, dense_state
 from msa_hf.evaluation.held_bytes import held_bytes
 
 CONTEXTS = (2048, 8192)
-LENGTHS = (2048, 32768)
+HELD_TOKENS = (2048, 32768)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def speed_tokens(contexts: Sequence[int], groups: int = 24, steps: int = 8) -> i
 def measure_bytes(
     model: Any,
     systems: Sequence[CacheSystem],
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] = HELD_TOKENS,
     chunk: int = 1024,
     seed: int = 0,
 ) -> list[CacheBytes]:
@@ -93,12 +93,12 @@ def measure_bytes(
 def _count(
     name: str, cache: Any, tokens: int, weights: Sequence[torch.Tensor], config: Any, width: int
 ) -> CacheBytes:
-    report = cache.report() if hasattr(cache, "report") else {}
+    report = cache.report().to_dict() if hasattr(cache, "report") else {}
     return CacheBytes(
         name=name,
         tokens=tokens,
         reported=report.get("total"),
         counted=held_bytes(cache, weights),
         bfloat16=2 * 2 * tokens * width * config.num_hidden_layers,
-        parts={key: value for key, value in report.items() if isinstance(value, (int, float))},
+        parts=report,
     )

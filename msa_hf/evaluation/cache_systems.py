@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,26 +34,34 @@ def dense_system() -> CacheSystem:
 
 
 def cache_systems(names: Sequence[str], **settings: Any) -> list[CacheSystem]:
-    """Systems by name: "dense", a preset of TurboQuantCache such as "4bit", or widths such as "k4v3".
+    """Systems by name: "dense", a preset of TurboQuantCache such as "4bit", widths such as "k4v3".
+
+    A name that ends in ".json" is a file of settings, such as a calibration's.
 
     Args:
         settings: further arguments of every TurboQuantCache.
 
     Raises ValueError for another name.
     """
-    from msa_hf.modeling.cache_settings import PRESETS
+    from msa_hf.modeling.cache_settings import PRESETS, CacheSettings
     from msa_hf.modeling.cache_turboquant import TurboQuantCache
 
     def system(name: str) -> CacheSystem:
         if name == DENSE:
             return dense_system()
         if name in PRESETS:
-            return CacheSystem(name, lambda config: TurboQuantCache(config, name, **settings), ATTENTION)
+            return CacheSystem(name, partial(TurboQuantCache, preset=name, **settings), ATTENTION)
         if match := re.fullmatch(r"k([1-4])v([1-4])", name):
             bits = {"key_bits": int(match[1]), "value_bits": int(match[2])}
-            return CacheSystem(name, lambda config: TurboQuantCache(config, **bits, **settings), ATTENTION)
+            return CacheSystem(name, partial(TurboQuantCache, **{**settings, **bits}), ATTENTION)
+        if name.endswith(".json") and Path(name).is_file():
+            stored = CacheSettings.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+            make = partial(TurboQuantCache, preset=stored, **settings)
+            return CacheSystem(Path(name).stem, make, ATTENTION)
         known = ", ".join([DENSE, *PRESETS])
-        raise ValueError(f"a system is one of {known}, or key and value bits such as k4v3; got {name!r}")
+        raise ValueError(
+            f"a system is one of {known}, bits of keys and values such as k4v3, or a file; got {name!r}"
+        )
 
     return [system(name) for name in names]
 
@@ -80,6 +91,6 @@ def settled_bytes(cache: Any, weights: Sequence[torch.Tensor] = ()) -> int:
     if not hasattr(cache, "report"):
         return counted
     report = cache.report()
-    if report["total"] != counted:
-        raise RuntimeError(f"the cache reports {report['total']:,} bytes and holds {counted:,}")
-    return counted - report["reserved"]
+    if report.total != counted:
+        raise RuntimeError(f"the cache reports {report.total:,} bytes and holds {counted:,}")
+    return counted - report.reserved
