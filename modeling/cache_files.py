@@ -84,13 +84,18 @@ def architecture(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(found, default=str))
 
 
+def weights_of(model: Any) -> dict[str, str]:
+    """Which weights a model computes keys and values with, and in which floating-point type."""
+    return {"weights": hash_decoder(model), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
 def write_cache(
     directory: str | Path,
     layers: list,
     settings: CacheSettings,
     architecture: dict[str, Any],
     left_padding: list[int] | None,
-    weights: str | None,
+    weights: dict[str, str] | None,
     entropy_coding: bool,
 ) -> SavedCache:
     """Writes a whole cache to `directory`; see `TurboQuantCache.save_pretrained`."""
@@ -157,11 +162,12 @@ def read_cache(directory: str | Path, config: Any, model: Any = None) -> StoredC
     directory = Path(directory)
     if not (directory / INDEX).is_file():
         raise FileNotFoundError(f"no cache in {directory}: {INDEX} is missing")
+    own, weights = architecture(config), None if model is None else weights_of(model)
     try:
         index = _read_index(directory / INDEX)
-        check_architecture(f"the cache in {directory}", index["architecture"], architecture(config))
-        if model is not None and index["weights"] is not None:
-            check_weights(f"the cache in {directory}", index["weights"], hash_decoder(model))
+        check_same_model(f"the cache in {directory}", index["architecture"], own)
+        if weights is not None and index["weights"] is not None:
+            check_same_model(f"the cache in {directory}", index["weights"], weights)
         path = directory / check_file_name(index["file"]["name"], INDEX)
         check_size(path, index["file"]["bytes"])
         if file_sha256(path) != index["file"]["sha256"]:
@@ -182,7 +188,7 @@ def read_cache(directory: str | Path, config: Any, model: Any = None) -> StoredC
     return StoredCache(settings, index["left_padding"], layers)
 
 
-def check_architecture(cache: str, stored: dict[str, Any], own: dict[str, Any]) -> None:
+def check_same_model(cache: str, stored: dict[str, Any], own: dict[str, Any]) -> None:
     """Raises MemoryMismatchError naming every field in which a cache differs from a model."""
     differing = [
         f"{name} is {stored.get(name)!r} there and {own.get(name)!r} in this model"
@@ -190,15 +196,9 @@ def check_architecture(cache: str, stored: dict[str, Any], own: dict[str, Any]) 
         if stored.get(name) != own.get(name)
     ]
     if differing:
-        raise MemoryMismatchError(f"{cache} was made by another model: {'; '.join(differing)}")
-
-
-def check_weights(cache: str, stored: str, own: str) -> None:
-    """Raises MemoryMismatchError if a cache was made with other weights."""
-    if stored != own:
         raise MemoryMismatchError(
-            f"{cache} was made with other weights: their hash is {stored!r} there and {own!r} in "
-            "this model. Prefill it with this model, or load the checkpoint or adapter that made it."
+            f"{cache} was made by another model: {'; '.join(differing)}. Load it with the model that made "
+            "it, adapter and dtype included, or prefill it again with this one."
         )
 
 

@@ -21,10 +21,9 @@ from transformers.cache_utils import (
 )
 
 from .attention_turboquant import NAME as ATTENTION  # importing it registers the attention and mask functions
-from .cache_files import SavedCache, architecture, check_architecture, read_cache, write_cache
+from .cache_files import SavedCache, architecture, check_same_model, read_cache, weights_of, write_cache
 from .cache_report import CacheReport, report_cache
 from .cache_settings import PRESETS, CacheSettings
-from .fingerprint_msa import hash_decoder
 from .layer_turboquant import TurboQuantLayer
 
 
@@ -88,7 +87,7 @@ class TurboQuantCache(Cache):
         """Saves the cache to a directory; one that is there is replaced in one step, once this is complete.
 
         Args:
-            model: the model that filled the cache. With it the file knows the weights and not only the
+            model: the model that filled the cache. With it the file knows weights and dtype and not only the
                 architecture, and refuses others.
             entropy_coding: makes codes and scales about a tenth smaller, for archives (needs constriction).
 
@@ -100,9 +99,9 @@ class TurboQuantCache(Cache):
             ImportError: constriction is not installed. Nothing is written in these cases.
         """
         if model is not None:
-            check_architecture("this cache", self.architecture, architecture(model.config))
+            check_same_model("this cache", self.architecture, architecture(model.config))
         padding = next((layer.left_padding for layer in self.packed_layers), None)
-        weights = None if model is None else hash_decoder(model)
+        weights = None if model is None else weights_of(model)
         return write_cache(
             directory, self.layers, self.settings, self.architecture, padding, weights, entropy_coding
         )
@@ -119,8 +118,8 @@ class TurboQuantCache(Cache):
         """The cache that `save_pretrained` wrote. It goes on exactly as the one that was saved.
 
         Args:
-            model_or_config: the model that will use it, or its configuration; weights are compared only if
-                the model is given here and was given when the cache was saved.
+            model_or_config: the model that will use it, or its configuration; weights and dtype are compared
+                only if the model is given here and was given when the cache was saved.
             device: where it goes; None for the model's device, or the CPU.
             offloading: see `TurboQuantCache`.
 

@@ -221,6 +221,44 @@ def test_growth_reserve_is_not_saved(tmp_path):
     assert sum(tensor.nbytes for tensor in load_file(file).values()) == live
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("tokens"), st.integers(1, 30)),
+            st.tuples(st.just("crop"), st.integers(1, 20)),
+            st.tuples(st.just("rows"), st.lists(st.integers(0, 1), min_size=2, max_size=2)),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    case=st.sampled_from(["llama", "llama 8 bit scales", "llama nothing kept"]),
+    coded=st.booleans(),
+)
+def test_a_cache_of_any_history_is_saved_as_it_is(steps, case, coded, tmp_path_factory):
+    coded and pytest.importorskip("constriction")
+    model, cache = make(case)
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("history")
+    for kind, amount in steps:
+        if kind == "tokens":
+            states = torch.randn(2, 3, 2, 2, amount, 8, generator=generator)
+            for layer in range(3):
+                cache.update(*states[:, layer], layer)
+        elif kind == "crop":
+            cache.crop(-amount)
+        else:
+            cache.reorder_cache(torch.tensor(amount))
+    cache.save_pretrained(folder, entropy_coding=coded)
+    loaded = TurboQuantCache.from_pretrained(folder, model)
+    assert_same(cache, loaded)
+    states = torch.randn(2, 3, 2, 2, 23, 8, generator=generator)
+    for layer in range(3):
+        for each in (cache, loaded):
+            each.update(*states[:, layer], layer)
+    assert_same(cache, loaded)
+
+
 def test_an_empty_cache_is_saved_too(tmp_path):
     model, cache = make("gemma3")
     cache.save_pretrained(tmp_path)
@@ -229,7 +267,7 @@ def test_an_empty_cache_is_saved_too(tmp_path):
     assert torch.equal(step(model, loaded, ids, mask), step(model, cache, ids, mask))
 
 
-def test_linear_states_that_hold_something_else_are_refused_before_anything_is_written(tmp_path):
+def test_layers_that_hold_something_else_are_refused_before_anything_is_written(tmp_path):
     class StrangeLayer(DynamicLayer):
         def __init__(self):
             super().__init__()
@@ -269,8 +307,10 @@ def test_another_kind_of_model_is_refused(saved):
 def test_other_weights_are_refused_where_both_sides_know_them(saved, tmp_path):
     folder, model, cache = saved
     other = tiny_backbone("llama", seed=1)
-    with pytest.raises(MemoryMismatchError, match="other weights"):
+    with pytest.raises(MemoryMismatchError, match="weights is '[0-9a-f]{16}' there and '[0-9a-f]{16}' in"):
         TurboQuantCache.from_pretrained(folder, other)
+    with pytest.raises(MemoryMismatchError, match="dtype is 'float32' there and 'bfloat16' in"):
+        TurboQuantCache.from_pretrained(folder, tiny_backbone("llama").to(torch.bfloat16))
     TurboQuantCache.from_pretrained(folder, other.config)
     cache.save_pretrained(tmp_path)  # without the model, so its weights are unknown
     TurboQuantCache.from_pretrained(tmp_path, other)
