@@ -40,6 +40,8 @@ CASES = {
     "llama dense layer": ("llama", {}, {"dense_layers": [0, -1]}),
     "llama everything packed": ("llama", {}, {"window": 0}),
     "llama nothing kept": ("llama", {}, {"sinks": 0, "extremes": 0, "mean_group": 0}),
+    "llama prod": ("llama", {"head_dim": 16}, {"form": "prod", "key_bits": 3}),
+    "llama polar": ("llama", {"head_dim": 16}, {"form": "polar", "value_bits": 2}),
     "gemma3": ("gemma3_text", GEMMA3, {}),
     "lfm2": ("lfm2", LFM2, {}),
 }

@@ -61,35 +61,39 @@ def filled(cache, tokens, heads, dim, batch=1, dtype=torch.bfloat16, chunk=8192)
     return cache
 
 
-@pytest.mark.parametrize("tokens", [2048, 32768])
-def test_the_report_equals_a_walk_over_every_tensor(tokens):
-    cache = filled(TurboQuantCache(llama_config(), key_bits=4, value_bits=4), tokens, 1, 128)
+@pytest.mark.parametrize(("tokens", "layers"), [(2048, 2), (32768, 1)])
+def test_the_report_equals_a_walk_over_every_tensor(tokens, layers):
+    cache = filled(
+        TurboQuantCache(llama_config(layers=layers), key_bits=4, value_bits=4, window=128), tokens, 1, 128
+    )
     report = cache.report()
     assert report.total == kept_alive(cache)
     assert report.total == sum(getattr(report, name) for name in PARTS)
     assert (report.tokens, report.batch, report.packed_tokens) == (tokens, 1, tokens - 128)
-    # Counted by hand: 2 layers, 1 head, 64 bytes of 4 bit codes, a mean for each 512 tokens.
-    vectors = 2 * (tokens - 128)
+    # Counted by hand: 1 head, 64 bytes of 4 bit codes, a mean for each group of tokens.
+    vectors = layers * (tokens - 128)
     assert report.packed_vectors == vectors
     assert report.key_codes == report.value_codes == vectors * 64
-    assert report.means == 2 * -(-(tokens - 128) // 512) * 128 * 2
-    assert report.window == 2 * 2 * 128 * 128 * 2
-    assert report.exact == 2 * 8 * (2 * 128 * 2 + 4 + 4)
-    assert report.transforms == 128 * 128 * (8 + 4)  # one rotation for both layers, keys and values
+    group, exact = cache.settings.mean_group, cache.settings.exact_tokens
+    assert report.means == layers * -(-(tokens - 128) // group) * 128 * 2
+    assert report.window == layers * 2 * 128 * 128 * 2
+    assert report.exact == layers * exact * (2 * 128 * 2 + 4 + 4)
+    assert report.transforms == 128 * 128 * (8 + 4)  # one rotation for all layers, keys and values
     assert report.native == 0
-    assert report.dense == 2 * tokens * 2 * 128 * 2
+    assert report.dense == layers * tokens * 2 * 128 * 2
     assert report.compression == report.dense / report.total
 
 
 @pytest.mark.parametrize("scale_bits", [8, 16])
 def test_bytes_per_token_and_head_at_128_dimensions_and_4_bits(scale_bits):
     scales = {"key_scale_bits": scale_bits, "value_scale_bits": scale_bits}
-    cache = TurboQuantCache(llama_config(), key_bits=4, value_bits=4, **scales)
-    report = filled(cache, 512 * 8 + 128, 1, 128).report()
-    exact = 64 + 64 + 2 * scale_bits // 8 + 2 * 128 / 512  # codes, scales, and the share of a mean
+    cache = TurboQuantCache(llama_config(), key_bits=4, value_bits=4, window=128, **scales)
+    group = cache.settings.mean_group
+    report = filled(cache, 16 * group + 128, 1, 128).report()
+    exact = 64 + 64 + 2 * scale_bits // 8 + 2 * 128 / group  # codes, scales, and the share of a mean
     assert report.bytes_per_token_and_head == pytest.approx(exact, abs=1e-9)
     assert report.key_scales == report.value_scales == report.packed_vectors * scale_bits // 8
-    assert report.key_bits == pytest.approx(4 + scale_bits / 128 + 16 / 512)
+    assert report.key_bits == pytest.approx(4 + scale_bits / 128 + 16 / group)
     assert report.value_bits == pytest.approx(4 + scale_bits / 128)
     assert report.bits == pytest.approx(8 * exact / 256)
     assert report.marginal_compression == pytest.approx(16 / report.bits)
