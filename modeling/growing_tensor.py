@@ -6,8 +6,10 @@ import torch
 
 
 def writable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy where it was made in inference mode and would be written to outside of it."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    """The tensor, or a copy where it must not be written to: autograd may have saved it for a backward pass,
+    or it was made in inference mode and that is over."""
+    frozen = tensor.is_inference() and not torch.is_inference_mode_enabled()
+    return tensor.clone() if frozen or torch.is_grad_enabled() else tensor
 
 
 class GrowingTensor:

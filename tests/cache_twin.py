@@ -129,7 +129,8 @@ class TwinRow:
         )
         transform = Transform.rotation(s.rotation, tuple(width for width, _ in parts), s.seed)
         order, gain = self.orders[kind, head], self.gains[kind, head]
-        packed = quantize(states[:, order] / gain, VectorQuantizer(parts, rule, bits), transform)
+        quantizer = VectorQuantizer(parts, rule, bits, s.code_search)
+        packed = quantize(states[:, order] / gain, quantizer, transform)
         decoded = torch.empty(states.shape)
         decoded[:, order] = dequantize(packed, transform) * gain
         return decoded

@@ -17,7 +17,7 @@ from msa_hf.modeling.packed_states import LayerView, PackedStates
 
 B, H, G, D = 2, 6, 2, 24
 PADDING = [0, 5]
-SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2}
+SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2, "code_search": 2}
 # RMS error over RMS: what rounding the decoded cache and the output to the model's precision may cost.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -119,7 +119,7 @@ SETTINGS = {
     "more exact tokens than tokens": {"extremes": 60},
     "heads of their own": {"key_bits": [[2, 4]], "value_bits": [[3, "1/2x3+1/2x2"]]},
     "parts": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/2x4+1/2x1"},
-    "8 bit scales": {"key_scale_bits": 8, "value_scale_bits": 8},
+    "16 bit scales": {"key_scale_bits": 16, "value_scale_bits": 16},
     "haar": {"rotation": "haar"},
     "no window": {"window": 0},
 }

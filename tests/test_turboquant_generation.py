@@ -12,7 +12,7 @@ from msa_hf.modeling.cache_settings import CacheSettings
 from msa_hf.modeling.cache_turboquant import TurboQuantCache
 
 NEW = 12
-SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2}
+SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2, "code_search": 2}
 PADDING = [0, 13]
 
 
@@ -198,7 +198,8 @@ SETTINGS = {
     "parts": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/2x4+1/2x1"},
     "map": {"key_bits": [[2, 4], "1/4x4+3/4x3", 1], "value_bits": [3, [4, "1/2x3+1/2x2"], 2]},
     "dense layers": {"dense_layers": (0, -1)},
-    "8 bit scales": {"key_scale_bits": 8, "value_scale_bits": 8},
+    "16 bit scales": {"key_scale_bits": 16, "value_scale_bits": 16},
+    "long search for codes": {"code_search": 9},
     "haar": {"rotation": "haar", "seed": 3},
     "no rotation": {"rotation": "none", "key_scale": "matched_norm", "value_scale": "unbiased"},
 }

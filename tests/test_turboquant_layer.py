@@ -15,7 +15,7 @@ from msa_hf.modeling.layer_turboquant import TurboQuantLayer
 from msa_hf.modeling.turboquant import VectorQuantizer
 
 G, D = 2, 12
-SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2}
+SMALL = {"window": 8, "block": 4, "mean_group": 16, "sinks": 2, "extremes": 2, "code_search": 2}
 BITS = st.sampled_from([1, 2, 3, 4, "1/2x4+1/2x2", [[2, 4]], [["1/3x4+2/3x3", 1]]])
 
 
@@ -32,6 +32,7 @@ def cache_settings(draw):
         extremes=draw(st.sampled_from([0, 1, 3, 40])),
         key_scale_bits=draw(st.sampled_from([8, 16])),
         value_scale_bits=draw(st.sampled_from([8, 16])),
+        code_search=draw(st.sampled_from([1, 2, 9])),
     )
 
 
@@ -348,7 +349,7 @@ def test_infinity_in_the_window_can_be_cropped_away():
 def test_an_interrupted_update_never_happened(call, monkeypatch):
     """Memory may run out, or the user press ^C, between any two packings: of keys, values, of one group or
     the next."""
-    chosen = CacheSettings(**SMALL, key_bits=[[3, 4]], value_bits="1/2x4+1/2x2", key_scale_bits=8)
+    chosen = CacheSettings(**SMALL, key_bits=[[3, 4]], value_bits="1/2x4+1/2x2")
     states, later = tokens(2, 18), tokens(2, 40, seed=1)
     layer = filled(chosen, states, [0, 14])
     before, encode, calls = contents(layer), VectorQuantizer.encode, []
@@ -439,6 +440,7 @@ def test_a_long_prompt_leaves_no_buffer_behind():
         assert tensor.untyped_storage().nbytes() <= G * (chosen.window + chosen.block) * D * 4
 
 
+@torch.no_grad()
 def test_growing_tensor_is_concatenation_without_copying_every_time():
     growing, oracle, buffers = GrowingTensor(), torch.empty(2, 3, 0, 4), []
     generator = torch.Generator().manual_seed(0)
