@@ -40,7 +40,9 @@ class CacheSettings:
         sinks: first tokens of every row kept as they are. extremes: further tokens of every head kept as they
             are, those with the longest keys or values so far.
         mean_group: tokens that share one mean, which is taken from their keys before coding; 0 for none.
-        key_scale, value_scale: rule of the scales, see `VectorQuantizer`.
+        key_scale, value_scale: rule of the scales, see `VectorQuantizer`; "auto" is "unbiased" for values and
+            for keys from 4 bits, and "matched_norm" for fewer bits, where a longer key costs more than a
+            biased one.
         key_scale_bits, value_scale_bits: 8 or 16 for each scale. code_search: see `VectorQuantizer`.
         rotation: "hadamard" (random signs), "haar" or "none", made from `seed`.
         form: "mse"; "prod" (QJL on the residual) and "polar" (PolarQuant's angles) replay the papers.
@@ -57,8 +59,8 @@ class CacheSettings:
     sinks: int = 4
     extremes: int = 4
     mean_group: int = 256
-    key_scale: str = "unbiased"
-    value_scale: str = "unbiased"
+    key_scale: str = "auto"
+    value_scale: str = "auto"
     key_scale_bits: int = 8
     value_scale_bits: int = 8
     code_search: int = 9
@@ -83,8 +85,8 @@ class CacheSettings:
         if self.mean_group % self.block:
             raise ValueError(f"mean_group must be a multiple of block = {self.block}; got {self.mean_group}")
         for name, known in (
-            ("key_scale", SCALE_RULES),
-            ("value_scale", SCALE_RULES),
+            ("key_scale", ("auto", *SCALE_RULES)),
+            ("value_scale", ("auto", *SCALE_RULES)),
             ("rotation", ROTATIONS),
             ("form", FORMS),
             ("key_scale_bits", (8, 16)),
@@ -156,22 +158,33 @@ class CacheSettings:
             return ProdQuantizer(parts, self.seed)
         if self.form == "polar":
             return PolarQuantizer(parts)
-        if kind == "keys":
-            return VectorQuantizer(parts, self.key_scale, self.key_scale_bits, self.code_search)
-        return VectorQuantizer(parts, self.value_scale, self.value_scale_bits, self.code_search)
+        keys = kind == "keys"
+        rule, scale_bits = (
+            (self.key_scale, self.key_scale_bits) if keys else (self.value_scale, self.value_scale_bits)
+        )
+        if rule == "auto":
+            rule = "matched_norm" if keys and min(bits for _, bits in parts) < 4 else "unbiased"
+        return VectorQuantizer(parts, rule, scale_bits, self.code_search)
 
 
+# As the paper counts them (section 4.3): outlier channels one bit wider, two 16 bit scales, nothing else kept.
+_PAPER = {
+    "sinks": 0,
+    "extremes": 0,
+    "mean_group": 0,
+    "key_scale": "least_squares",
+    "value_scale": "least_squares",
+    "key_scale_bits": 16,
+    "value_scale_bits": 16,
+    "code_search": 1,
+    "rotation": "haar",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "4bit": {"key_bits": 4, "value_bits": 4},
     "3bit": {"key_bits": 3, "value_bits": 3},
-    # As the paper's section 4.3 counts them: outlier channels one bit wider, two 16 bit scales, nothing else
-    # kept.
-    "paper-3.5": {"key_bits": "1/4x4+3/4x3", "value_bits": "1/4x4+3/4x3"},
-    "paper-2.5": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/4x3+3/4x2"},
+    "paper-3.5": {"key_bits": "1/4x4+3/4x3", "value_bits": "1/4x4+3/4x3", **_PAPER},
+    "paper-2.5": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/4x3+3/4x2", **_PAPER},
 }
-_PAPER = {"mean_group": 0, "sinks": 0, "extremes": 0, "rotation": "haar"}
-for _name in ("paper-3.5", "paper-2.5"):
-    PRESETS[_name] |= _PAPER
 
 
 @lru_cache(maxsize=256)
