@@ -89,7 +89,7 @@ class TurboQuantCache(Cache):
         Args:
             model: the model that filled the cache. With it the file knows weights and dtype and not only the
                 architecture, and refuses others.
-            entropy_coding: makes codes and scales about a tenth smaller, for archives (needs constriction).
+            entropy_coding: makes codes and scales 5 to 10 % smaller, for archives (needs constriction).
 
         Returns:
             The bytes written, and what they would be without entropy coding.

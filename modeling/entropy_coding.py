@@ -1,9 +1,10 @@
 """Entropy coding of a cache's bytes for archives, with the range coder of `constriction`.
 
-Codes of a Lloyd-Max quantiser are not uniform: their entropy is 3.77, 2.83 and 1.91 bits at 4, 3 and 2 bits,
-and less where a rotated channel is shifted or narrow. A channel of a head is one row of symbols. All rows of
-an archive with symbols of the same width share a few frequency tables, found by Lloyd's algorithm with
-coding length as the distance, and every row names the table that codes it in the fewest bits.
+Codes of a Lloyd-Max quantiser are not uniform: their entropy is 3.77, 2.83 and 1.91 bits at 4, 3 and 2 bits
+(a search over lengths evens them out at 4), and less where a rotated channel is shifted or narrow. A channel
+of a head is one row of symbols. All rows of an archive with symbols of the same width share a few frequency
+tables, found by Lloyd's algorithm with coding length as the distance, and every row names the table that
+codes it in the fewest bits.
 
 Axis letters: B batch, G key/value heads, P packed tokens, N bytes of a vector, R rows, S symbols of a row, K
 tables.
