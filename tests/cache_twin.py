@@ -127,6 +127,9 @@ class TwinRow:
         rule, bits = (
             (s.key_scale, s.key_scale_bits) if kind == "keys" else (s.value_scale, s.value_scale_bits)
         )
+        if rule == "auto":
+            short = kind == "keys" and any(width_bits < 4 for _, width_bits in parts)
+            rule = "matched_norm" if short else "unbiased"
         transform = Transform.rotation(s.rotation, tuple(width for width, _ in parts), s.seed)
         order, gain = self.orders[kind, head], self.gains[kind, head]
         quantizer = VectorQuantizer(parts, rule, bits, s.code_search)

@@ -322,16 +322,16 @@ def test_settings_survive_plain_data():
         *((field, 0, "whole number of at least 1") for field in ("block", "code_search")),
         ("mean_group", 100, "multiple of block = 64"),
         *(
-            (field, bits, "1, 2, 3 or 4")
+            (field, bits, "1 to 6")
             for field in ("key_bits", "value_bits")
-            for bits in (0, 5, 2.5, None, True)
+            for bits in (0, 7, 2.5, None, True)
         ),
         *(
-            (field, spec, "1, 2, 3 or 4")
+            (field, spec, "1 to 6")
             for field in ("key_bits", "value_bits")
-            for spec in ("", "4", "1/0x3", "1/2x5", "1/2x3+")
+            for spec in ("", "4", "1/0x3", "1/2x7", "1/2x3+")
         ),
-        ("key_bits", [4, [4, 9]], "1, 2, 3 or 4"),
+        ("key_bits", [4, [4, 9]], "1 to 6"),
         *((field, "best", "least_squares, unbiased") for field in ("key_scale", "value_scale")),
         *((field, 12, "8, 16") for field in ("key_scale_bits", "value_scale_bits")),
         ("rotation", "fourier", "hadamard, haar, none"),

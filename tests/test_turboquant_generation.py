@@ -195,6 +195,7 @@ SETTINGS = {
     "window below block": {"window": 3, "block": 8},
     "odd window": {"window": 13, "block": 6, "mean_group": 12},
     "few bits": {"key_bits": 3, "value_bits": 2},
+    "rules of the scales": {"key_scale": "least_squares", "value_scale": "matched_norm"},
     "parts": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/2x4+1/2x1"},
     "map": {"key_bits": [[2, 4], "1/4x4+3/4x3", 1], "value_bits": [3, [4, "1/2x3+1/2x2"], 2]},
     "dense layers": {"dense_layers": (0, -1)},
@@ -210,6 +211,15 @@ def test_settings(llama, settings):
     """Every setting, with padding longer than a block and than a window and block together."""
     padding = [0, 6, 29]
     check(llama, prompts(rows=3, padding=padding), padding, settings, prefill_chunk_size=11)
+
+
+@pytest.mark.parametrize("form", ["prod", "polar"])
+def test_the_forms_of_the_papers(llama, form):
+    """Read from codes or decoded, the same tokens."""
+    inputs, settings = prompts(padding=PADDING), {"form": form, "key_bits": 3, "rotation": "haar"}
+    expected = run(llama, "turboquant", packed(llama, PADDING, **settings), inputs)
+    assert torch.equal(run(llama, "eager", packed(llama, PADDING, **settings), inputs), expected)
+    assert not torch.equal(run(llama, "turboquant", packed(llama, PADDING, key_bits=3), inputs), expected)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
