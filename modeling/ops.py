@@ -4,15 +4,22 @@ Every operation has a plain PyTorch implementation, which is its specification. 
 tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, N documents.
 """
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from .code_products import code_scores as plain_code_scores
 from .code_products import code_sums as plain_code_sums
+from .code_products_compiled import centroid_scores as compiled_centroid_scores
+from .code_products_compiled import centroid_sums as compiled_centroid_sums
+from .code_products_compiled import serves as compiled_serves
+
+logger = logging.getLogger(__name__)
 
 _TILE_ELEMENTS = (
     1 << 23
@@ -20,12 +27,40 @@ _TILE_ELEMENTS = (
 OPERATIONS = ("pool_chunks", "document_scores", "code_scores", "code_sums")
 _overrides: dict[str, Callable] = {}
 
+# Compiling takes some 10 s once per process and then saves about half a nanosecond per number of the cache
+# that is read, so it pays from here on. Nothing shorter ever waits for a compiler.
+COMPILE_AFTER = 2 * 10**10
+_compiled: dict[str, Any] = {"choice": None, "read": 0, "failure": None}
+
 
 def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
     """Name of the implementation that runs on `device`, and why."""
     if _overrides:
         return "override", f"replaced by ops.override: {', '.join(sorted(_overrides))}"
-    return "torch", f"plain PyTorch is the only implementation installed for {torch.device(device).type}"
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return "torch", f"plain PyTorch is the only implementation installed for {kind}"
+    if _compiled["choice"] is False:
+        return "torch", "plain PyTorch, as ops.use_compiled(False) says"
+    if _compiled["failure"]:
+        return "torch", f"plain PyTorch, because torch.compile failed: {_compiled['failure']}"
+    if _compiled["choice"] is None and _compiled["read"] < COMPILE_AFTER:
+        share = _compiled["read"] / COMPILE_AFTER
+        return "torch", (
+            f"plain PyTorch until {share:.0%} of the work that pays for compiling is 100%; "
+            "ops.use_compiled(True) compiles at once"
+        )
+    return "compiled", "products with codes run as C++ from torch.compile, everything else as plain PyTorch"
+
+
+def use_compiled(choice: bool | None) -> None:
+    """Chooses how decode steps on a CPU read a TurboQuantCache.
+
+    True compiles at the next step (about 10 s once per process, less when PyTorch finds its own compiled
+    files again), False never, and None, the default, once a process has read so much that it pays. Without a
+    C++ compiler plain PyTorch goes on and the log says why. Results agree to within float32 rounding.
+    """
+    _compiled.update(choice=choice, failure=None)
 
 
 @contextmanager
@@ -88,12 +123,35 @@ def document_scores(
 
 def code_scores(queries: torch.Tensor, packed) -> torch.Tensor:
     """Scores of packed keys: rotated queries [B, G, R, D] float32 -> [B, G, R, P]; see `code_products`."""
-    return _overrides.get("code_scores", plain_code_scores)(queries, packed)
+    run = _overrides.get("code_scores")
+    return run(queries, packed) if run else _code_product(0, queries, packed)
 
 
 def code_sums(weights: torch.Tensor, packed) -> torch.Tensor:
     """Sums of packed values: weights [B, G, R, P] float32 -> rotated [B, G, R, D]; see `code_products`."""
-    return _overrides.get("code_sums", plain_code_sums)(weights, packed)
+    run = _overrides.get("code_sums")
+    return run(weights, packed) if run else _code_product(1, weights, packed)
+
+
+_CODE_PRODUCTS = (
+    (plain_code_scores, compiled_centroid_scores),
+    (plain_code_sums, compiled_centroid_sums),
+)
+
+
+def _code_product(kind: int, states: torch.Tensor, packed) -> torch.Tensor:
+    plain, compiled = _CODE_PRODUCTS[kind]
+    if _compiled["choice"] is False or _compiled["failure"] or not compiled_serves(states, packed):
+        return plain(states, packed)
+    if _compiled["choice"] is None and _compiled["read"] < COMPILE_AFTER:
+        _compiled["read"] += packed.shape.numel()
+        return plain(states, packed)
+    try:
+        return plain(states, packed, compiled)
+    except Exception as error:  # whatever a compiler or its absence may raise, the plain product is right
+        _compiled["failure"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        logger.warning("decode steps go on in plain PyTorch, because %s", _compiled["failure"])
+        return plain(states, packed)
 
 
 def _pool_chunks(states, lengths, chunk_size):
