@@ -35,6 +35,7 @@ from msa_hf.evaluation.cache_texts import Text
 from msa_hf.modeling.errors import DataUnavailableError
 
 SHORT = Protocol(prefill=24, decoded=20, block=8)
+SMALL = {"window": 8, "block": 4, "mean_group": 8, "sinks": 2, "extremes": 1}
 
 # Streams written by pyarrow, deflated: text, integers and lists in two batches; a float; a null.
 ARROW_COLUMNS = (
@@ -125,8 +126,9 @@ def test_dense_cache_has_no_divergence_and_a_lossy_one_more_the_coarser_it_is(mo
 
 
 def test_marginal_bits_of_dense_tensors_are_their_width(model, rows):
+    states = cache_quality.measured_states(model, rows[0], SHORT)
     for system in (dense_system(), rounded(0)):
-        assert cache_quality.measure_bits(model, system, rows[0], SHORT) == 16.0
+        assert cache_quality.measure_bits(model, system, states, SHORT) == 16.0
 
 
 def test_a_report_that_is_not_what_is_held_is_refused(model, rows):
@@ -138,8 +140,9 @@ def test_a_report_that_is_not_what_is_held_is_refused(model, rows):
             return Report
 
     system = CacheSystem("boasting", lambda config: Boasting(config=config))
+    states = cache_quality.measured_states(model, rows[0], SHORT)
     with pytest.raises(RuntimeError, match="reports 1 bytes"):
-        cache_quality.measure_bits(model, system, rows[0], SHORT)
+        cache_quality.measure_bits(model, system, states, SHORT)
 
 
 def test_length_compares_both_ends_and_one_prefill(model, rows):
@@ -244,18 +247,17 @@ def test_bytes_by_length(model):
 
 
 def test_quantised_systems_by_name(model, rows, dense, tmp_path):
-    pytest.importorskip("msa_hf.modeling.cache_turboquant")
     file = tmp_path / "own.json"
     file.write_text(json.dumps({"key_bits": 3, "value_bits": 2, "window": 8, "block": 4, "mean_group": 8}))
-    small = {"window": 8, "block": 4, "mean_group": 8, "sinks": 2, "extremes": 1}
-    systems = cache_systems.cache_systems(["dense", "4bit", "k1v2"], **small)
+    systems = cache_systems.cache_systems(["dense", "4bit", "k1v2"], **SMALL)
     systems += cache_systems.cache_systems([str(file)])
     assert [system.name for system in systems] == ["dense", "4bit", "k1v2", "own"]
-    kl, bits = {}, {}
+    kl, bits, protocol = {}, {}, Protocol(24, 16, 8)
+    states = cache_quality.measured_states(model, rows[0], protocol)
     for system in systems:
         results = cache_quality.measure_quality(model, system, rows, dense, SHORT)
         kl[system.name] = cache_quality.summarize_quality(system.name, 0, results).kl.mean
-        bits[system.name] = cache_quality.measure_bits(model, system, rows[0], Protocol(24, 16, 8))
+        bits[system.name] = cache_quality.measure_bits(model, system, states, protocol)
     assert model.config._attn_implementation == "sdpa"
     assert kl["dense"] < kl["4bit"] < kl["k1v2"]
     assert bits["k1v2"] < bits["own"] < bits["4bit"] < bits["dense"]
@@ -445,7 +447,7 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
         protocol=SHORT,
         length_protocol=Protocol(16, 512, 32),
     )
-    systems = [dense_system(), rounded(0.2)]
+    systems = [dense_system(), rounded(0.2), *cache_systems.cache_systems(["k4v3"], **SMALL)]
     report = cache_benchmark.evaluate_cache(str(folder), systems, task)
     text = cache_evaluation.render(report)
     for word in (
@@ -459,7 +461,8 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
         assert word in text
     cache_evaluation.save_json(report, tmp_path / "report.json")
     kept = json.loads((tmp_path / "report.json").read_text())
-    assert [row["name"] for row in kept["quality"]] == ["dense", "rounded 0.2"]
+    assert [row["name"] for row in kept["quality"]] == ["dense", "rounded 0.2", "k4v3"]
+    assert "tokens packed in" in text and kept["bytes"][2]["reported"] == kept["bytes"][2]["counted"]
     assert kept["mmlu"][0]["retained"] is None and kept["mmlu"][1]["same_answer"] is not None
     pytest.importorskip("matplotlib")
     cache_evaluation.save_plot(report, tmp_path / "kl.png")

@@ -28,6 +28,7 @@ from msa_hf.evaluation.cache_quality import (
     measure_bits,
     measure_length,
     measure_quality,
+    measured_states,
     save_dense_logits,
     summarize_quality,
 )
@@ -138,11 +139,12 @@ class _Run:
     def quality(self, dense: Path) -> list[CacheQuality]:
         rows, protocol = self.quality_rows(), self.task.protocol
         save_dense_logits(self.model, rows, dense, protocol)
+        states = measured_states(self.model, rows[0], protocol)
         results = []
         for system in self.systems:
             logger.info("quality of %s", system.name)
             divergences = measure_quality(self.model, system, rows, dense, protocol)
-            bits = measure_bits(self.model, system, rows[0], protocol)
+            bits = measure_bits(self.model, system, states, protocol)
             results.append(summarize_quality(system.name, bits, divergences))
         return results
 

@@ -101,12 +101,16 @@ def measure_quality(
     return results
 
 
-def measure_bits(
-    model: Any, system: CacheSystem, ids: Sequence[int], protocol: Protocol = Protocol()
-) -> float:
-    """Marginal bits per element of one system, holding bfloat16 keys and values of a real text."""
+def measured_states(model: Any, ids: Sequence[int], protocol: Protocol = Protocol()) -> list[tuple]:
+    """The bfloat16 keys and values [1, G, T, D] per layer of a real text that bits are measured with."""
     states = dense_states(model, ids, protocol.length - 1)
-    states = [(keys.bfloat16(), values.bfloat16()) for keys, values in states]
+    return [(keys.bfloat16(), values.bfloat16()) for keys, values in states]
+
+
+def measure_bits(
+    model: Any, system: CacheSystem, states: Sequence[tuple], protocol: Protocol = Protocol()
+) -> float:
+    """Marginal bits per element of one system that holds `states`, see `measured_states`."""
     weights = list(model.parameters())
     with using_attention(model, system.attention):
         return marginal_bits(
