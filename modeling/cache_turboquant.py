@@ -155,6 +155,12 @@ def _key_value_heads(config: Any, layers: int) -> list[int]:
 def _row_starts(left_padding: Any) -> list[int] | None:
     if left_padding is None:
         return None
-    if getattr(left_padding, "ndim", 1) == 2:
-        left_padding = (left_padding != 0).long().argmax(dim=1)
-    return [int(count) for count in left_padding]
+    counts = torch.as_tensor(left_padding)
+    if counts.ndim == 2:
+        counts = (counts != 0).long().argmax(dim=1)
+    if counts.ndim != 1 or counts.is_floating_point() or not len(counts) or (counts < 0).any():
+        raise ValueError(
+            "left_padding must hold the number of padding tokens before each row, or be the attention mask "
+            f"[B, T]; got {left_padding!r}"
+        )
+    return counts.tolist()

@@ -42,12 +42,12 @@ class HeadCodes:
         queries = self.select(queries)
         if self.order is not None:
             queries = queries.gather(-1, self.order[:, :, None].expand_as(queries))
-        queries = queries @ self.transform.decode.mT
+        queries = queries @ self.transform.to(queries.device).decode.mT
         return queries if self.gain is None else queries * self.gain
 
     def restore(self, rotated: torch.Tensor) -> torch.Tensor:
         """Vectors [B, h, R, D] in the basis of the codes, back in the model's basis."""
-        vectors = rotated @ self.transform.decode
+        vectors = rotated @ self.transform.to(rotated.device).decode
         if self.gain is not None:
             vectors = vectors * self.gain
         if self.order is None:

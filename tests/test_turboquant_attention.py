@@ -1,6 +1,7 @@
 """Attention on codes against attention written out over the decoded cache, and over caches that hold none."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,24 @@ def test_dense_keys(queries, is_causal, softcap):
         Attention(not is_causal), query, keys, values, None, softcap=softcap, is_causal=is_causal
     )
     assert torch.equal(output, other)
+
+
+def test_layers_on_several_devices_share_a_transform():
+    """Whatever device a transform was used on last, reading asks for its own."""
+
+    class Elsewhere:
+        def __init__(self, transform):
+            self.to = lambda device: transform
+
+    view = handles(1)[0].packed_view
+    moved = {
+        kind: tuple(replace(part, transform=Elsewhere(part.transform)) for part in getattr(view, kind))
+        for kind in ("key_codes", "value_codes")
+    }
+    keys, values = (PackedStates(replace(view, **moved), kind) for kind in ("keys", "values"))
+    output, _ = turboquant_attention(Attention(), states(1, 5, heads=H), keys, values, None)
+    expected = written_out(states(1, 5, heads=H), view.dense_keys(), view.dense_values(), causal(1, 44))
+    assert error(output, expected) < TOLERANCE[torch.float32]
 
 
 OPERATIONS = {

@@ -359,6 +359,23 @@ def test_settings_that_do_not_fit_the_model_are_refused(changes, message):
         TurboQuantCache(cache_backbone("llama").config, **changes)
 
 
+@pytest.mark.parametrize("bad", [3, [], [1, -1], [1.0, 2.0], torch.zeros(1, 2, 3)], ids=str)
+def test_left_padding_is_counts_or_a_mask(bad):
+    config = cache_backbone("llama").config
+    with pytest.raises(ValueError, match="left_padding must hold the number of padding tokens before each"):
+        TurboQuantCache(config, left_padding=bad)
+    mask = [[0, 0, 1], [1, 1, 1], [0, 1, 0]]
+    for good in (
+        [2, 0, 1],
+        (2, 0, 1),
+        torch.tensor([2, 0, 1]),
+        mask,
+        torch.tensor(mask),
+        torch.tensor(mask) > 0,
+    ):
+        assert TurboQuantCache(config, left_padding=good).layers[0].left_padding == [2, 0, 1]
+
+
 def test_head_dims_that_cannot_be_cut_are_refused_at_the_first_token():
     states = torch.zeros(1, 2, 30, 6)
     cache = TurboQuantCache(LlamaConfig(num_hidden_layers=1), key_bits="1/4x3+3/4x2", **SMALL)

@@ -213,6 +213,13 @@ def test_settings(llama, settings):
     check(llama, prompts(rows=3, padding=padding), padding, settings, prefill_chunk_size=11)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_longer_prompt_over_many_groups(name):
+    model = cache_backbone(name)
+    _, cache, _ = check(model, prompts(tokens=150, padding=[0, 70]), [0, 70], prefill_chunk_size=64)
+    assert {layer.means.length for layer in cache.packed_layers} == {10}
+
+
 @pytest.mark.parametrize("form", ["prod", "polar"])
 def test_the_forms_of_the_papers(llama, form):
     """Read from codes or decoded, the same tokens."""
