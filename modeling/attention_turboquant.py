@@ -168,8 +168,12 @@ def _packed_scores(rows: torch.Tensor, view: LayerView) -> torch.Tensor:
             scores.index_copy_(1, part.heads, own)
     if view.means is not None:
         offsets = rows @ view.means.float().mT
-        for group, start in enumerate(range(0, view.packed_length, view.mean_group)):
-            scores[..., start : start + view.mean_group] += offsets[..., group : group + 1]
+        whole, rest = divmod(view.packed_length, view.mean_group)
+        if whole:
+            groups = scores[..., : whole * view.mean_group].unflatten(-1, (whole, view.mean_group))
+            groups += offsets[..., :whole, None]
+        if rest:
+            scores[..., -rest:] += offsets[..., whole : whole + 1]
     return scores
 
 
@@ -177,7 +181,7 @@ def _packed_sums(weights: torch.Tensor, view: LayerView) -> torch.Tensor:
     """[B, G, R, D]: sums of the packed values with weights [B, G, R, P]."""
     sums = None
     for part in view.value_codes:
-        own = part.restore(code_sums(part.select(weights).contiguous(), part.packed))
+        own = part.restore(code_sums(part.select(weights), part.packed))
         if part.heads is None:
             return own
         sums = own.new_empty(*weights.shape[:3], own.shape[-1]) if sums is None else sums

@@ -118,6 +118,15 @@ def test_kernels_before_compilation_equal_plain(width, bits, rows, monkeypatch):
     code_products_compiled._kernel.cache_clear()
 
 
+def test_wide_codes_stay_plain():
+    """A polynomial through 32 centroids is neither exact in float32 nor fast."""
+    quantizer = VectorQuantizer(((64, 4),))
+    packed = quantizer.encode(random(1, 1, 600, 64).double())
+    assert code_products_compiled.serves(random(1, 1, 1, 64), packed)
+    object.__setattr__(quantizer, "parts", ((64, 5),))
+    assert not code_products_compiled.serves(random(1, 1, 1, 64), packed)
+
+
 @needs_compiler
 @torch.no_grad()
 def test_compiled_equals_plain_and_is_compiled_once(compiled):
