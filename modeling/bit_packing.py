@@ -1,14 +1,16 @@
-"""Dense packing of 1, 2, 3 and 4 bit codes into bytes: ceil(n * bits / 8) bytes for n codes.
+"""Dense packing of codes of 1 to 6 bits into bytes: ceil(n * bits / 8) bytes for n codes.
 
 The layout is what the GPU kernels read. Of n codes the first n8 = n // 8 * 8 are stored in planes: a plane of
 width w holds 8 / w codes per byte, byte i of m holds codes i, i + m, i + 2m, ... from its low bits upwards,
 so that unpacking is a broadcast shift whose result is already in order. Three bits are a plane of the low two
-bits and a plane of the high bit. The last n - n8 codes are one little-endian number, code j at bit j * bits.
+bits and a plane of the high bit; five and six are one of the low four and one of the rest. The last n - n8
+codes are one little-endian number, code j at bit j * bits.
 """
 
 import torch
 
-PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+MOST_BITS = max(PLANES)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -24,6 +24,7 @@ from .cache_state import Tensors, coded_parts, layer_state, restore_layer
 from .entropy_coding import decode_stream, encode_streams
 from .errors import MemoryFormatError, MemoryMismatchError
 from .fingerprint_msa import hash_decoder
+from .fitted_transforms import FittedTransforms
 from .memory_files import check_file_name, check_size, file_sha256, replace_json, write_tensors
 
 FORMAT = "msa_hf cache"
@@ -60,6 +61,7 @@ class StoredCache:
     """A saved cache as it was read: what makes an empty cache, and what fills its layers."""
 
     settings: CacheSettings
+    transforms: FittedTransforms | None
     left_padding: list[int] | None
     layers: list[tuple[dict[str, Any], Tensors]]
 
@@ -93,6 +95,7 @@ def write_cache(
     directory: str | Path,
     layers: list,
     settings: CacheSettings,
+    transforms: FittedTransforms | None,
     architecture: dict[str, Any],
     left_padding: list[int] | None,
     weights: dict[str, str] | None,
@@ -107,6 +110,8 @@ def write_cache(
         states.append(numbers)
         tensors |= {f"layers.{index}.{name}": tensor for name, tensor in own.items()}
         parts |= {f"layers.{index}.{name}": part for name, part in coded_parts(layer).items()}
+    matrices = {} if transforms is None else transforms.matrices
+    tensors |= {f"transforms.{name}": matrix for name, matrix in matrices.items()}
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     uncoded = sum(tensor.nbytes for tensor in tensors.values())
     coded = _encode(tensors, parts) if entropy_coding else {}
@@ -175,6 +180,8 @@ def read_cache(directory: str | Path, config: Any, model: Any = None) -> StoredC
         settings = CacheSettings.from_dict(index["settings"])
         tensors = load_file(path)
         _decode(tensors, index["coded"])
+        names = [name for name in tensors if name.startswith("transforms.")]
+        matrices = {name.removeprefix("transforms."): tensors.pop(name) for name in names}
         layers = [(numbers, {}) for numbers in index["layers"]]
         for name, tensor in tensors.items():
             number, _, own = name.removeprefix("layers.").partition(".")
@@ -185,21 +192,26 @@ def read_cache(directory: str | Path, config: Any, model: Any = None) -> StoredC
         raise MemoryFormatError(
             f"the cache in {directory} is damaged: {error!r}. Prefill it again."
         ) from error
-    return StoredCache(settings, index["left_padding"], layers)
+    transforms = FittedTransforms(matrices) if matrices else None
+    return StoredCache(settings, transforms, index["left_padding"], layers)
 
 
 def check_same_model(cache: str, stored: dict[str, Any], own: dict[str, Any]) -> None:
     """Raises MemoryMismatchError naming every field in which a cache differs from a model."""
-    differing = [
-        f"{name} is {stored.get(name)!r} there and {own.get(name)!r} in this model"
-        for name in sorted(set(stored) | set(own))
-        if stored.get(name) != own.get(name)
-    ]
-    if differing:
+    if differing := differing_fields(stored, own):
         raise MemoryMismatchError(
             f"{cache} was made by another model: {'; '.join(differing)}. Load it with the model that made "
             "it, adapter and dtype included, or prefill it again with this one."
         )
+
+
+def differing_fields(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
+    """What differs between the description of a model in a file and that of the model at hand."""
+    return [
+        f"{name} is {stored.get(name)!r} there and {own.get(name)!r} in this model"
+        for name in sorted(set(stored) | set(own))
+        if stored.get(name) != own.get(name)
+    ]
 
 
 def _read_index(path: Path) -> dict[str, Any]:

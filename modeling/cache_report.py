@@ -35,7 +35,7 @@ class CacheReport:
         means: what was taken from the keys, by group of tokens.
         exact: attention sinks and extreme tokens in model precision. window: the recent tokens, likewise.
         native: layers that Transformers stores (sliding windows, dense layers, linear attention).
-        transforms: rotations, each counted once however many layers share it.
+        transforms: rotations and what a calibration fitted, each counted once however many layers share it.
         other: typical lengths, orders of channels, starts of rows.
         reserved: room for further tokens, and what a slice of a larger tensor keeps alive.
         total: every byte that the cache keeps alive; the sum of the above.
@@ -138,6 +138,9 @@ def report_cache(cache: Any) -> CacheReport:
                 held.add("native", tensor)
                 if tensor.is_floating_point():
                     counts["dense"] += 2 * tensor.numel()
+    for layer in cache.packed_layers:
+        for tensor in reachable_tensors(layer.transforms):
+            held.add("transforms", tensor)
     for tensor in reachable_tensors(cache):
         held.add("other", tensor)
     packed = cache.packed_layers

@@ -6,6 +6,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+from .bit_packing import MOST_BITS
+from .fitted_transforms import FittedTransforms
 from .turboquant import SCALE_RULES, Transform, VectorQuantizer
 from .turboquant_paper import PolarQuantizer, ProdQuantizer
 
@@ -32,7 +34,7 @@ class CacheSettings:
     """Everything that decides the bytes of a TurboQuantCache.
 
     Args:
-        key_bits, value_bits: bits per coordinate, 1-4, or parts such as "1/4x3+3/4x2" (a quarter of the
+        key_bits, value_bits: bits per coordinate, 1-6, or parts such as "1/4x3+3/4x2" (a quarter of the
             channels, those with the most energy, in 3 bits and the rest in 2); or a list over layers of
             these, or of lists over heads.
         window: newest tokens kept in model precision, at least; `block` more gather before they are packed
@@ -138,8 +140,10 @@ class CacheSettings:
         row = bits[layer] if isinstance(bits, list) else bits
         return list(row) if isinstance(row, list) else [row] * heads
 
-    def codings(self, kind: str, layer: int, heads: int, dim: int) -> tuple[HeadCoding, ...]:
-        """The heads of a layer, grouped by how they are coded.
+    def codings(
+        self, kind: str, layer: int, heads: int, dim: int, fitted: FittedTransforms | None = None
+    ) -> tuple[HeadCoding, ...]:
+        """The heads of a layer, grouped by how they are coded; `fitted` transforms replace plain rotations.
 
         Raises ValueError if dim is odd or a spec does not divide it.
         """
@@ -149,8 +153,12 @@ class CacheSettings:
             members = tuple(head for head, own in enumerate(specs) if own == spec)
             parts = parse_bits(spec, dim)
             quantizer = self._quantizer(kind, parts)
-            transform = _rotation(self.rotation, tuple(width for width, _ in parts), self.seed)
-            codings.append(HeadCoding(members, quantizer, transform, sort_channels=len(parts) > 1))
+            widths, sort = tuple(width for width, _ in parts), len(parts) > 1
+            transform = _rotation(self.rotation, widths, self.seed)
+            if fitted is not None and fitted.has(kind, layer):
+                transform = fitted.transform(kind, layer, members, widths, self.rotation, self.seed)
+                sort = False  # its coordinates are in order
+            codings.append(HeadCoding(members, quantizer, transform, sort_channels=sort))
         return tuple(codings)
 
     def _quantizer(self, kind: str, parts: tuple[tuple[int, int], ...]):
@@ -221,7 +229,8 @@ def _leaves(bits: BitMap):
 
 
 def _check_spec(name: str, spec: Any, form: str) -> None:
-    rule = f'{name} must be 1, 2, 3 or 4 bits, or parts like "1/4x3+3/4x2"'
+    most = MOST_BITS if form == "mse" else 4
+    rule = f'{name} must be 1 to {most} bits, or parts like "1/4x3+3/4x2"'
     if isinstance(spec, str):
         try:
             bits = [
@@ -229,8 +238,8 @@ def _check_spec(name: str, spec: Any, form: str) -> None:
             ]
         except (ValueError, ZeroDivisionError):
             raise ValueError(f"{rule}; got {spec!r}") from None
-        good = all(width > 0 and 1 <= value <= 4 for width, value in bits)
+        good = all(width > 0 and 1 <= value <= most for width, value in bits)
     else:
-        good = isinstance(spec, int) and not isinstance(spec, bool) and 1 <= spec <= 4
+        good = isinstance(spec, int) and not isinstance(spec, bool) and 1 <= spec <= most
     if not good:
         raise ValueError(f"{rule}; got {spec!r}")

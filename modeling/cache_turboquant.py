@@ -1,4 +1,4 @@
-"""TurboQuantCache: a key/value cache in 1 to 4 bits per number for any Transformers model.
+"""TurboQuantCache: a key/value cache in 1 to 6 bits per number for any Transformers model.
 
     model.set_attn_implementation("turboquant")
     model.generate(**inputs, past_key_values=TurboQuantCache(model.config, key_bits=4, value_bits=3))
@@ -8,7 +8,7 @@ packed once (arXiv 2504.19874). With another attention implementation the cache 
 every step.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from transformers.cache_utils import (
 )
 
 from .attention_turboquant import NAME as ATTENTION  # importing it registers the attention and mask functions
+from .cache_calibration import calibrate
 from .cache_files import SavedCache, architecture, check_same_model, read_cache, weights_of, write_cache
 from .cache_report import CacheReport, report_cache
 from .cache_settings import PRESETS, CacheSettings
+from .calibration_files import Calibration, find_calibration
+from .fitted_transforms import FittedTransforms
 from .layer_turboquant import TurboQuantLayer
 
 
@@ -34,7 +37,9 @@ class TurboQuantCache(Cache):
 
     Args:
         config: the model's configuration.
-        preset: "4bit", "3bit", "paper-3.5", "paper-2.5", or settings to start from; "4bit" by default.
+        preset: "4bit", "3bit", "2.7bit", "1.8bit", "paper-3.5", "paper-2.5", a calibration of this model, or
+            settings to start from; "4bit" by default. For models that a calibration is registered for,
+            "2.7bit" and "1.8bit" are calibrated.
         left_padding: [B], number of padding tokens before each row, or the attention mask [B, T] of the
             prompt.
             Without it padding is packed like any token, which is right but gives padded rows no sinks.
@@ -43,18 +48,19 @@ class TurboQuantCache(Cache):
 
     Raises:
         ValueError: for a setting that is unknown, out of range or does not fit the model.
+        MemoryMismatchError: the calibration is of a model of another shape.
     """
 
     def __init__(
         self,
         config: Any,
-        preset: str | CacheSettings = "4bit",
+        preset: str | CacheSettings | Calibration = "4bit",
         *,
         left_padding: Any = None,
         offloading: bool = False,
         **changes: Any,
     ):
-        self.settings = resolve_settings(preset, changes)
+        self.settings, self.transforms = resolve_settings(preset, changes, config)
         self.architecture = architecture(config)
         decoder = config.get_text_config(decoder=True)
         kinds, arguments = get_layer_types_and_kwargs(decoder)
@@ -65,13 +71,23 @@ class TurboQuantCache(Cache):
         for index, (kind, kwargs) in enumerate(zip(kinds, arguments)):
             native = DYNAMIC_LAYER_TYPE_MAPPING[kind]
             if native is DynamicLayer and index not in dense:
-                layers.append(TurboQuantLayer(self.settings, index, padding))
+                layers.append(TurboQuantLayer(self.settings, index, padding, self.transforms))
             else:
                 layers.append(native(**kwargs))
         super().__init__(layers=layers, offloading=offloading)
 
     # What model.set_attn_implementation takes, so that attention reads this cache as it is stored.
     attention_implementation = ATTENTION
+
+    @staticmethod
+    def calibrate(
+        model: Any, texts: Sequence[str | Sequence[int]], average_bits: float = 2.7, **options: Any
+    ) -> Calibration:
+        """Bits for every layer and head, and transforms, chosen by what they do to the model's predictions.
+
+        Takes minutes; see `cache_calibration.calibrate` for the options and errors.
+        """
+        return calibrate(model, texts, average_bits, **options)
 
     @property
     def packed_layers(self) -> list[TurboQuantLayer]:
@@ -103,7 +119,14 @@ class TurboQuantCache(Cache):
         padding = next((layer.left_padding for layer in self.packed_layers), None)
         weights = None if model is None else weights_of(model)
         return write_cache(
-            directory, self.layers, self.settings, self.architecture, padding, weights, entropy_coding
+            directory,
+            self.layers,
+            self.settings,
+            self.transforms,
+            self.architecture,
+            padding,
+            weights,
+            entropy_coding,
         )
 
     @classmethod
@@ -132,19 +155,33 @@ class TurboQuantCache(Cache):
         config = model_or_config if model is None else model.config
         stored = read_cache(directory, config, model)
         cache = cls(config, stored.settings, left_padding=stored.left_padding, offloading=offloading)
+        cache.transforms = stored.transforms
+        for layer in cache.packed_layers:
+            layer.transforms = stored.transforms
         if device is None:
             device = "cpu" if model is None else model.device
         stored.fill(cache.layers, torch.device(device))
         return cache
 
 
-def resolve_settings(preset: str | CacheSettings, changes: dict[str, Any]) -> CacheSettings:
-    """The settings of a preset with some fields changed. Raises ValueError for an unknown name or field."""
-    if isinstance(preset, CacheSettings):
-        return replace(preset, **changes) if changes else preset
-    if preset not in PRESETS:
+def resolve_settings(
+    preset: str | CacheSettings | Calibration, changes: dict[str, Any], config: Any
+) -> tuple[CacheSettings, FittedTransforms | None]:
+    """The settings of a preset with some fields changed, and transforms if the preset is calibrated.
+
+    Raises ValueError for an unknown name or field, MemoryMismatchError for a calibration of another model.
+    """
+    if isinstance(preset, str) and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-    return CacheSettings.from_dict(PRESETS[preset] | changes)
+    if isinstance(preset, str) and not {"key_bits", "value_bits", "form"} & set(changes):
+        preset = find_calibration(preset, config) or preset
+    if isinstance(preset, str):
+        return CacheSettings.from_dict(PRESETS[preset] | changes), None
+    transforms = None
+    if isinstance(preset, Calibration):
+        preset.check_model(config)
+        preset, transforms = preset.settings, preset.transforms
+    return CacheSettings.from_dict(vars(preset) | changes) if changes else preset, transforms
 
 
 def _key_value_heads(config: Any, layers: int) -> list[int]:

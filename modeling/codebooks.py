@@ -10,14 +10,16 @@ from functools import cache
 
 import torch
 
-_GRID = 1 << 16
+from .bit_packing import MOST_BITS
+
+_GRID = 1 << 18
 
 
 @cache
 def codebook(dim: int, bits: int) -> torch.Tensor:
     """The 2**bits centroids for coordinates of sqrt(dim) * unit vector, float32, ascending, symmetric.
 
-    Raises ValueError for bits outside 1-4 or dim below 2.
+    Raises ValueError for bits outside 1-6 or dim below 2.
     """
     return _solve(dim, bits)[0].float()
 
@@ -37,8 +39,8 @@ def distortion(dim: int, bits: int) -> float:
 
 @cache
 def _solve(dim: int, bits: int) -> tuple[torch.Tensor, float]:
-    if not 1 <= bits <= 4:
-        raise ValueError(f"bits must be 1, 2, 3 or 4; got {bits}")
+    if not 1 <= bits <= MOST_BITS:
+        raise ValueError(f"bits must be 1 to {MOST_BITS}; got {bits}")
     if dim < 2:
         raise ValueError(f"dim must be at least 2; got {dim}")
     # With t = sin(a) the density is cos(a)^(dim - 2), smooth for every dim >= 2. Cell probabilities and first
@@ -58,16 +60,29 @@ def _solve(dim: int, bits: int) -> tuple[torch.Tensor, float]:
         left, right = place[index - 1], place[index]
         return torch.lerp(table[index - 1], table[index], (at - left) / (right - left))
 
-    levels = 2**bits
+    # Start where the quantiser for many levels has its points: quantiles of the cube root of the density.
+    levels, width = 2**bits, place.diff()
+    companded = ((weight / width) ** (1 / 3) * width).cumsum(0)
     quantiles = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    centroids = value[torch.searchsorted(mass, quantiles).clamp(max=_GRID - 1)]
-    for _ in range(10_000):
+    centroids = value[torch.searchsorted(companded, quantiles * companded[-1]).clamp(max=_GRID - 1)]
+    for _ in range(1_000):
         middle = (centroids[1:] + centroids[:-1]) / 2
         cells = torch.cat([place[:1], middle, place[-1:]])
         probability = cumulative(mass, cells).diff().clamp_min(1e-300)
-        updated = cumulative(moment, cells).diff() / probability
+        means = cumulative(moment, cells).diff() / probability
+        # A mean follows both boundaries of its cell, and a boundary follows the centroids beside it.
+        index = torch.searchsorted(place, middle).clamp(1, _GRID) - 1
+        density = (weight / width)[index]
+        above = density * (middle - means[:-1]) / probability[:-1] / 2
+        below = density * (means[1:] - middle) / probability[1:] / 2
+        slope = torch.diag(above, 1) + torch.diag(below, -1)
+        slope += torch.diag(torch.cat([above, zero]) + torch.cat([zero, below]))
+        rest = torch.eye(levels, dtype=torch.float64) - slope
+        updated = centroids + torch.linalg.solve(rest, means - centroids)
+        if not (updated.diff() > 0).all() or updated.abs().max() > place[-1]:
+            updated = means  # Newton's step goes too far: one of Lloyd's
         updated = (updated - updated.flip(0)) / 2
-        done = (updated - centroids).abs().max() < 1e-10
+        done = (updated - centroids).abs().max() < 1e-11
         centroids = updated
         if done:
             break

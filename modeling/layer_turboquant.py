@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from .cache_settings import CacheSettings, HeadCoding
+from .fitted_transforms import FittedTransforms
 from .growing_tensor import GrowingTensor, writable
 from .packed_states import ExactTokens, HeadCodes, LayerView, PackedStates
 from .turboquant import PackedVectors
@@ -141,6 +142,7 @@ class TurboQuantLayer(CacheLayerMixin):
         settings: what all layers share. index: this layer's number, for its bit map, transforms and messages.
         left_padding: padding tokens before each row. They are no sinks, count for no mean, and decide nothing
             about the codes of real tokens.
+        transforms: what a calibration fitted to the heads of the model; None for plain rotations.
     """
 
     is_compileable = False
@@ -148,8 +150,15 @@ class TurboQuantLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, settings: CacheSettings, index: int = 0, left_padding: list[int] | None = None):
+    def __init__(
+        self,
+        settings: CacheSettings,
+        index: int = 0,
+        left_padding: list[int] | None = None,
+        transforms: FittedTransforms | None = None,
+    ):
         super().__init__()
+        self.transforms = transforms
         self.settings, self.index, self.left_padding = settings, index, left_padding
         self._clear()
 
@@ -167,7 +176,7 @@ class TurboQuantLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         heads, device = key_states.shape[1], key_states.device
         codings = [
-            self.settings.codings(kind, self.index, heads, states.shape[-1])
+            self.settings.codings(kind, self.index, heads, states.shape[-1], self.transforms)
             for kind, states in (("keys", key_states), ("values", value_states))
         ]
         self.packed_keys, self.packed_values = (

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from .bit_packing import pack, packed_bytes, unpack
+from .bit_packing import MOST_BITS, pack, packed_bytes, unpack
 from .codebooks import boundaries, codebook
 from .rotations import haar, signed_hadamard
 
@@ -67,7 +67,7 @@ class VectorQuantizer:
         scale_bits: 16 (bfloat16), or 8: see `scale_table`, for vectors of a typical length near 1.
 
     Raises:
-        ValueError: for an unknown rule, widths below 2 or bits outside 1-4.
+        ValueError: for an unknown rule, widths below 2 or bits outside 1-6.
     """
 
     parts: tuple[tuple[int, int], ...]
@@ -84,8 +84,8 @@ class VectorQuantizer:
         if self.scale_bits not in (8, 16):
             raise ValueError(f"scale_bits must be 8 or 16; got {self.scale_bits}")
         for width, bits in self.parts:
-            if not 1 <= bits <= 4:
-                raise ValueError(f"bits must be 1, 2, 3 or 4; got {bits}")
+            if not 1 <= bits <= MOST_BITS:
+                raise ValueError(f"bits must be 1 to {MOST_BITS}; got {bits}")
             if width < 2:
                 raise ValueError(f"the width of a part must be at least 2; got {width}")
 
@@ -218,7 +218,8 @@ def read_scale(stored: torch.Tensor, dtype: torch.dtype = torch.float32) -> torc
     """The scales that were stored in 8 or 16 bits, as `dtype`."""
     if stored.dtype != torch.uint8:
         return stored.to(dtype)
-    return scale_table().to(stored.device, torch.float32)[stored.int()].to(dtype)
+    table = scale_table().to(stored.device, torch.float32)
+    return table.index_select(0, stored.int().flatten()).view(stored.shape).to(dtype)
 
 
 @dataclass

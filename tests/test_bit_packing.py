@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from msa_hf.modeling.bit_packing import pack, packed_bytes, unpack
 
-WIDTHS = (1, 2, 3, 4)
-PLANES = {1: [(0, 1)], 2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)]}  # (lowest bit, bits) of each plane
+WIDTHS = (1, 2, 3, 4, 5, 6)
+# (lowest bit, bits) of each plane
+PLANES = {
+    1: [(0, 1)],
+    2: [(0, 2)],
+    3: [(0, 2), (2, 1)],
+    4: [(0, 4)],
+    5: [(0, 4), (4, 1)],
+    6: [(0, 4), (4, 2)],
+}
 
 
 @st.composite

@@ -24,7 +24,7 @@ from msa_hf.modeling.turboquant import (
     scale_table,
 )
 
-BITS = (1, 2, 3, 4)
+BITS, SPEC_BITS = (1, 2, 3, 4, 5, 6), (1, 2, 3, 4)
 DIMS = (2, 16, 64, 80, 96, 112, 128, 192, 256, 576)
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(120)
 PARTS = [((64, 4),), ((16, 3), (48, 2)), ((18, 1), (6, 4), (40, 3))]
@@ -97,7 +97,7 @@ def test_distortion_equals_quadrature(dim, bits):
     assert distortion(dim, bits) < 2.7207 * 4**-bits
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", SPEC_BITS)
 def test_codebook_and_distortion_of_the_specification(bits):
     """On the unit sphere, where centroids are divided by sqrt(d), the printed ones are up to 1.1e-4 off those
     of the quadrature above; the one of 1 bit is that of the normal distribution."""
@@ -123,7 +123,7 @@ def test_three_dimensions_have_uniform_coordinates(bits):
     assert distortion(3, bits) == pytest.approx(4**-bits, rel=1e-5)
 
 
-@pytest.mark.parametrize("dim, bits", [(64, 0), (64, 5), (1, 4), (0, 2)])
+@pytest.mark.parametrize("dim, bits", [(64, 0), (64, 7), (1, 4), (0, 2)])
 def test_codebooks_that_do_not_exist(dim, bits):
     with pytest.raises(ValueError, match="got"):
         codebook(dim, bits)
@@ -217,11 +217,12 @@ def test_measured_distortion_of_random_directions(dim, bits):
     assert losses.mean() == pytest.approx(expected, rel=0.01)
     assert losses.mean() == pytest.approx(expected, abs=4 * (losses.std() / count**0.5).item())
     best = (vectors - packed.decode(torch.float64)).square().sum(dim=-1) / vectors.square().sum(dim=-1)
-    assert expected * (1 - 3 / dim - 0.01) < best.mean() < losses.mean()
+    rounding = 2**-18  # of the scale, squared
+    assert expected * (1 - 3 / dim - 0.01) < best.mean() < losses.mean() + rounding
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", SPEC_BITS)
 def test_cosine_exposes_a_worse_codebook(bits, rule):
     """cos(x, x~) = sqrt(1 - D) whatever the scale: .939, .983 and .995 at 2, 3 and 4 bits."""
     vectors = normal(2000, 128, seed=bits)
@@ -233,7 +234,7 @@ def test_cosine_exposes_a_worse_codebook(bits, rule):
         assert cosine == pytest.approx({2: 0.939, 3: 0.983, 4: 0.995}[bits], abs=2e-3)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", SPEC_BITS)
 @pytest.mark.parametrize("dim", [64, 128, 576])
 def test_unbiased_scale(dim, bits):
     """<q, x~> - <q, x> has mean 0, also for queries along x, and variance D / (1 - D) / d."""
@@ -364,8 +365,8 @@ def test_what_is_not_finite_is_refused(bad):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"parts": ((64, 5),)}, "bits must be 1, 2, 3 or 4; got 5"),
-        ({"parts": ((64, 0),)}, "bits must be 1, 2, 3 or 4; got 0"),
+        ({"parts": ((64, 7),)}, "bits must be 1 to 6; got 7"),
+        ({"parts": ((64, 0),)}, "bits must be 1 to 6; got 0"),
         ({"parts": ((63, 4), (1, 2))}, "width of a part must be at least 2; got 1"),
         ({"parts": ((64, 4),), "scale_rule": "max"}, "scale_rule must be one of .*; got 'max'"),
         ({"parts": ((64, 4),), "scale_bits": 4}, "scale_bits must be 8 or 16; got 4"),
