@@ -238,6 +238,9 @@ def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--key-bits", type=int, metavar="N", help="one more cache with these bits")
     group.add_argument("--value-bits", type=int, metavar="N", help="its values (default: as the keys)")
+    group.add_argument(
+        "--window", type=int, metavar="N", help="recent tokens kept as they are (as the preset)"
+    )
     group.add_argument("--peers", action="store_true", help="install and measure other packages' caches, too")
     group.add_argument(
         "--parts", type=_names, metavar="PART,PART", help=f"{_CACHE_PARTS} (default quality,bytes)"

@@ -214,7 +214,7 @@ def evaluate_cache(options: argparse.Namespace) -> None:
         raise MSAError("--plot shows KL over bits: it needs the part quality")
     report = measure(
         options.model,
-        cache_systems(names),
+        cache_systems(names, **({} if options.window is None else {"window": options.window})),
         task,
         peers=all_peers() if options.peers else (),
         dtype="float32" if options.dtype == "auto" else options.dtype,

@@ -79,12 +79,16 @@ def marginal_bits(
 ) -> float:
     """Bits that a further key or value element costs a cache, from the tensors held at two lengths.
 
-    `states` are dense keys and values of prefill + N tokens. What does not grow with the text (recent window,
-    sinks, rotations) cancels out; N must be a multiple of the lengths at which the caches here flush (128).
+    `states` are dense keys and values of prefill + N tokens; all but the first half of the prefill comes in
+    blocks, because a slice of a large prefill may keep all of it alive for a while. What does not grow with
+    the text (recent window, sinks, rotations) cancels out if N is a multiple of the lengths at which the
+    caches flush (128 here).
     """
-    tokens = states[0][0].shape[2]
+    tokens, half = states[0][0].shape[2], prefill // 2
     cache = make()
-    fill(cache, states, 0, prefill)
+    fill(cache, states, 0, half)
+    for start in range(half, prefill, block):
+        fill(cache, states, start, min(start + block, prefill))
     before = held(cache)
     for start in range(prefill, tokens, block):
         fill(cache, states, start, min(start + block, tokens))
