@@ -72,8 +72,13 @@ class CacheSettings:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
+        if not isinstance(self.dense_layers, (tuple, list)) or not all(map(_whole, self.dense_layers)):
+            raise ValueError(f"dense_layers must be whole numbers; got {self.dense_layers!r}")
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name in ("key_bits", "value_bits"):
+            object.__setattr__(self, name, _as_lists(getattr(self, name)))
         for name, lowest in (
+            ("seed", 0),
             ("window", 0),
             ("block", 1),
             ("sinks", 0),
@@ -82,7 +87,7 @@ class CacheSettings:
             ("code_search", 1),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            if not _whole(value) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
         if self.mean_group % self.block:
             raise ValueError(f"mean_group must be a multiple of block = {self.block}; got {self.mean_group}")
@@ -175,7 +180,7 @@ class CacheSettings:
         return VectorQuantizer(parts, rule, scale_bits, self.code_search)
 
 
-# As the paper counts them (section 4.3): outlier channels one bit wider, two 16 bit scales, nothing else kept.
+# As the paper counts them (section 4.3): outlier channels one bit wider, two 16 bit scales, nothing else.
 _PAPER = {
     "sinks": 0,
     "extremes": 0,
@@ -220,8 +225,17 @@ def _rotation(kind: str, widths: tuple[int, ...], seed: int) -> Transform:
     return Transform.rotation(kind, widths, seed)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_lists(bits: Any) -> Any:
+    """A copy of a bit map with lists for tuples, which is what JSON gives back."""
+    return [_as_lists(row) for row in bits] if isinstance(bits, (list, tuple)) else bits
+
+
 def _leaves(bits: BitMap):
-    if isinstance(bits, (list, tuple)):
+    if isinstance(bits, list):
         for row in bits:
             yield from _leaves(row)
     else:
@@ -240,6 +254,6 @@ def _check_spec(name: str, spec: Any, form: str) -> None:
             raise ValueError(f"{rule}; got {spec!r}") from None
         good = all(width > 0 and 1 <= value <= most for width, value in bits)
     else:
-        good = isinstance(spec, int) and not isinstance(spec, bool) and 1 <= spec <= most
+        good = _whole(spec) and 1 <= spec <= most
     if not good:
         raise ValueError(f"{rule}; got {spec!r}")

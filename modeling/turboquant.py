@@ -33,6 +33,7 @@ class Transform:
     def __init__(self, encode: torch.Tensor, decode: torch.Tensor | None = None):
         self.encode = encode.double()
         self.decode = (encode.mT if decode is None else decode).float().contiguous()
+        self._elsewhere: dict[torch.device, Transform] = {}
 
     @classmethod
     def rotation(cls, kind: str, parts: tuple[int, ...], seed: int = 0) -> "Transform":
@@ -47,9 +48,12 @@ class Transform:
         return self.encode.nbytes + self.decode.nbytes
 
     def to(self, device: torch.device) -> "Transform":
-        if self.encode.device != device:
-            self.encode, self.decode = self.encode.to(device), self.decode.to(device)
-        return self
+        """The same on a device. Layers share transforms, so this one stays where it is."""
+        if self.encode.device == device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Transform(self.encode.to(device), self.decode.to(device))
+        return self._elsewhere[device]
 
 
 @dataclass(frozen=True)

@@ -478,3 +478,12 @@ def test_constant_keys_are_randomised():
             vectors, dequantize(quantize(vectors, quantizer, transform), transform)
         )
         assert (cosine > 0.8).all()
+
+
+def test_a_transform_goes_elsewhere_without_leaving():
+    transform = Transform.rotation("hadamard", (8,))
+    elsewhere = transform.to(torch.device("meta"))
+    assert transform.encode.device.type == transform.decode.device.type == "cpu"
+    assert elsewhere.encode.device.type == elsewhere.decode.device.type == "meta"
+    assert transform.to(torch.device("meta")) is elsewhere
+    assert transform.to(torch.device("cpu")) is transform

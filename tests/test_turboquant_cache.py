@@ -307,6 +307,13 @@ def test_settings_survive_plain_data():
     assert CacheSettings.from_dict(mine.to_dict()) == mine
 
 
+def test_a_bit_map_of_tuples_is_one_of_lists_and_a_copy():
+    rows = [[4, 3], 2]
+    assert CacheSettings(key_bits=((4, 3), 2)) == (mine := CacheSettings(key_bits=rows))
+    rows[0][0] = 1
+    assert mine.key_bits == [[4, 3], 2]
+
+
 @pytest.mark.parametrize(
     "field, value, rule",
     [
@@ -321,6 +328,8 @@ def test_settings_survive_plain_data():
         *((field, True, "whole number") for field in ("window", "block", "sinks", "extremes", "mean_group")),
         *((field, 0, "whole number of at least 1") for field in ("block", "code_search")),
         ("mean_group", 100, "multiple of block = 64"),
+        *(("seed", seed, "whole number") for seed in (-1, 1.5, True)),
+        *(("dense_layers", layers, "whole numbers") for layers in (0, (1.5,), ("0",), (True,))),
         *(
             (field, bits, "1 to 6")
             for field in ("key_bits", "value_bits")
