@@ -60,9 +60,10 @@ class TurboQuantCache(Cache):
         offloading: bool = False,
         **changes: Any,
     ):
-        self.settings, self.transforms = resolve_settings(preset, changes, config)
+        settings, self.transforms = resolve_settings(preset, changes, config)
         self.architecture = architecture(config)
         decoder = config.get_text_config(decoder=True)
+        self.settings = settings.for_model(decoder)
         kinds, arguments = get_layer_types_and_kwargs(decoder)
         self.settings.check_model(len(kinds), _key_value_heads(decoder, len(kinds)))
         padding = _row_starts(left_padding)

@@ -15,27 +15,27 @@ def writable(tensor: torch.Tensor) -> torch.Tensor:
 class GrowingTensor:
     """Rows [B, G, T, ...] in a buffer that is enlarged by an eighth when it is full.
 
-    The first append allocates exactly what it needs, so a prefilled cache holds no reserve. `view()` stays
-    valid
-    after later appends: rows are never moved or changed, a larger buffer is a new one.
+    The first append allocates exactly what it is told to expect, so a prefilled cache holds no reserve.
+    `view()`
+    stays valid after later appends: rows are never moved or changed, a larger buffer is a new one.
     """
 
     def __init__(self):
         self.buffer: torch.Tensor | None = None
         self.length = 0
 
-    def append(self, rows: torch.Tensor) -> None:
+    def append(self, rows: torch.Tensor, expected: int = 0) -> None:
+        """Adds rows [B, G, T, ...]; `expected` is how many rows there will be at least, if that is known."""
         length = self.length + rows.shape[2]
-        if self.buffer is None:
-            self.buffer = rows.clone(memory_format=torch.contiguous_format)
-        else:
-            if length > self.buffer.shape[2]:
-                batch, heads, _, *rest = self.buffer.shape
-                grown = self.buffer.new_empty(batch, heads, max(length, self.length * 9 // 8), *rest)
+        if self.buffer is None or length > self.buffer.shape[2]:
+            batch, heads, _, *rest = rows.shape
+            room = max(length, expected, self.length * 9 // 8)
+            grown = rows.new_empty(batch, heads, room, *rest)
+            if self.length:
                 grown[:, :, : self.length] = self.view()
-                self.buffer = grown
-            self.buffer = writable(self.buffer)
-            self.buffer[:, :, self.length : length] = rows
+            self.buffer = grown
+        self.buffer = writable(self.buffer)
+        self.buffer[:, :, self.length : length] = rows
         self.length = length
 
     def view(self) -> torch.Tensor:

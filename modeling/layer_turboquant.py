@@ -53,9 +53,12 @@ class PackedHeads:
         self.order: torch.Tensor | None = None
         self.gain: torch.Tensor | None = None
 
-    def append(self, vectors: torch.Tensor, first: FirstTokens | None) -> None:
+    def append(self, vectors: torch.Tensor, first: FirstTokens | None, expected: int = 0) -> None:
         """Packs vectors [B, G, T, D] float64 of all heads; the `first` ones decide gain and order of
-        channels."""
+        channels.
+
+        There will be `expected` tokens at least.
+        """
         if self.heads is not None:
             vectors = vectors.index_select(1, self.heads)
         if self.coding.quantizer.scale_dtype == torch.uint8:
@@ -69,8 +72,8 @@ class PackedHeads:
             vectors = vectors.gather(-1, self.order[:, :, None].expand_as(vectors))
         transform = self.coding.transform.to(vectors.device)
         packed = self.coding.quantizer.encode(vectors @ transform.encode)
-        self.codes.append(packed.codes)
-        self.scales.append(packed.scales)
+        self.codes.append(packed.codes, expected)
+        self.scales.append(packed.scales, expected)
 
     def view(self) -> HeadCodes:
         packed = PackedVectors(self.codes.view(), self.scales.view(), self.coding.quantizer)
@@ -268,6 +271,7 @@ class TurboQuantLayer(CacheLayerMixin):
             if not states[:, :, :count].isfinite().all():
                 raise ValueError(f"the {name} of layer {self.index} hold NaN or infinity: nothing was packed")
         size, done = self.settings.mean_group, 0
+        expected = self.packed_length + count
         begins = self._begins()
         while done < count:
             position = self.packed_length
@@ -282,9 +286,9 @@ class TurboQuantLayer(CacheLayerMixin):
                     keys[:, :, taken], values[:, :, taken], new_keys, new_values, position, first
                 )
             for part in self.packed_keys:
-                part.append(new_keys, first)
+                part.append(new_keys, first, expected)
             for part in self.packed_values:
-                part.append(new_values, first)
+                part.append(new_values, first, expected)
             self.packed_length += taken.stop - taken.start
             done = taken.stop
 

@@ -134,6 +134,16 @@ def test_native_layers_count_as_they_are_and_slices_count_what_they_keep_alive()
     assert report.total == kept_alive(cache)
 
 
+def test_a_prefilled_cache_holds_no_reserve_of_codes():
+    cache = TurboQuantCache(tiny_backbone("llama").config, **SMALL)
+    for layer in cache.layers:
+        layer.update(*torch.randn(2, 1, 2, 200, 8))
+    room = sum(layer.recent.keys.nbytes - layer.recent.view()[0].nbytes for layer in cache.layers)
+    assert cache.layers[0].packed_length > 2 * cache.settings.mean_group
+    means = sum(layer.means.reserved_bytes for layer in cache.layers)
+    assert cache.report().reserved == 2 * room + means
+
+
 def test_growth_and_crop_move_bytes_between_reserve_and_codes():
     cache = filled(TurboQuantCache(llama_config(64), **SMALL), 400, 1, 64)
     filled(cache, 8, 1, 64, chunk=1)

@@ -409,3 +409,41 @@ def test_offloading_needs_no_other_layer(monkeypatch):
 
     monkeypatch.setattr(moved, "update", offloaded)
     assert torch.equal(run(model, "turboquant", moved, inputs), expected)
+
+
+BIASED = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    "bits, first", [(4, "1/8x4+7/8x4"), (5, "1/8x5+7/8x5"), (3, "1/8x5+7/8x4"), (1, "1/8x5+7/8x4")]
+)
+def test_the_first_layer_of_biased_keys_has_a_part_for_outliers(bits, first):
+    biased = tiny_backbone("qwen2", **BIASED).config
+    settings = TurboQuantCache(biased, key_bits=bits).settings
+    assert settings.specs("keys", 0, 2) == [first] * 2
+    assert settings.specs("keys", 1, 2) == settings.specs("keys", 2, 2) == [bits] * 2
+    assert settings.specs("values", 0, 2) == [4] * 2
+    assert TurboQuantCache(biased, key_bits=bits, first_key_bits=2).settings.specs("keys", 0, 2) == [2] * 2
+    plain = tiny_backbone("llama", **BIASED).config
+    assert TurboQuantCache(plain, key_bits=bits).settings.specs("keys", 0, 2) == [bits] * 2
+    plain.attention_bias = True
+    assert TurboQuantCache(plain, key_bits=bits).settings.specs("keys", 0, 2) == [first] * 2
+
+
+@torch.no_grad()
+def test_two_wide_channels_of_the_first_layer_do_not_spoil_the_others():
+    model = tiny_backbone("qwen2", seed=3, **BIASED)
+    bias = model.model.layers[0].self_attn.k_proj.bias
+    bias.zero_()
+    bias.view(-1, 16)[:, [0, 8]] = 40.0  # the fastest pair of RoPE, which no mean over tokens takes away
+    ids = torch.randint(3, 259, (1, 200), generator=torch.Generator().manual_seed(0))
+    small = {"window": 16, "block": 16, "mean_group": 64, "key_bits": 4, "value_bits": 4}
+
+    def divergence(**changes):
+        cache = TurboQuantCache(model.config, **small, **changes)
+        model(ids[:, :160], past_key_values=cache)
+        kept = model(ids[:, 160:], past_key_values=cache).logits.log_softmax(-1)
+        return (dense.exp() * (dense - kept)).sum(-1).mean().item()
+
+    dense = model(ids).logits[:, 160:].log_softmax(-1)
+    assert divergence() < divergence(first_key_bits=4) / 2
