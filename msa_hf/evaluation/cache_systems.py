@@ -36,7 +36,7 @@ def dense_system() -> CacheSystem:
 def cache_systems(names: Sequence[str], **settings: Any) -> list[CacheSystem]:
     """Systems by name: "dense", a preset of TurboQuantCache such as "4bit", widths such as "k4v3".
 
-    A name that ends in ".json" is a file of settings, such as a calibration's.
+    A folder is a calibration (`msa-hf calibrate-cache`), a name that ends in ".json" a file of settings.
 
     Args:
         settings: further arguments of every TurboQuantCache.
@@ -45,6 +45,7 @@ def cache_systems(names: Sequence[str], **settings: Any) -> list[CacheSystem]:
     """
     from msa_hf.modeling.cache_settings import PRESETS, CacheSettings
     from msa_hf.modeling.cache_turboquant import TurboQuantCache
+    from msa_hf.modeling.calibration_files import Calibration
 
     def system(name: str) -> CacheSystem:
         if name == DENSE:
@@ -54,6 +55,9 @@ def cache_systems(names: Sequence[str], **settings: Any) -> list[CacheSystem]:
         if match := re.fullmatch(r"k([1-4])v([1-4])", name):
             bits = {"key_bits": int(match[1]), "value_bits": int(match[2])}
             return CacheSystem(name, partial(TurboQuantCache, **{**settings, **bits}), ATTENTION)
+        if Path(name).is_dir():
+            make = partial(TurboQuantCache, preset=Calibration.from_pretrained(name), **settings)
+            return CacheSystem(Path(name).name, make, ATTENTION)
         if name.endswith(".json") and Path(name).is_file():
             stored = CacheSettings.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
             make = partial(TurboQuantCache, preset=stored, **settings)
