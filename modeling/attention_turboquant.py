@@ -1,13 +1,11 @@
-"""Attention that reads a TurboQuantCache as it is stored: codes, exact tokens and the recent window in one
-softmax.
+"""Attention on a TurboQuantCache as it is stored: codes, exact tokens and recent window in one softmax.
 
 `model.set_attn_implementation("turboquant")` selects it for any model that uses Transformers' attention
 interface. Scores and sums over codes are taken in the rotated basis (`ops.code_scores`, `ops.code_sums`):
 queries are rotated once, the output is rotated back once, and the cache is never decoded as a whole.
 
-Axis letters: B batch, H query heads, G key/value heads, Q query tokens, R rows of a key/value head (H / G *
-    Q), P
-packed tokens, E exact tokens, L recent tokens, T = P + L, D head dim, M groups with a mean.
+Axis letters: B batch, H query heads, G key/value heads, Q query tokens, R = H / G * Q rows of a key/value
+head, P packed tokens, E exact tokens, L recent tokens, T = P + L, D head dim, M groups with a mean.
 """
 
 from collections.abc import Callable
@@ -37,8 +35,7 @@ def turboquant_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function. Keys and values may be handles of a TurboQuantCache or dense tensors [B, G, T,
-    D].
+    """The attention function; keys and values are handles of a TurboQuantCache or dense tensors [B, G, T, D].
 
     Args:
         query: [B, H, Q, D], the last Q of the T tokens.
@@ -76,8 +73,7 @@ def turboquant_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """The mask function: only the padding [B, T], or None, where attention is causal; else a full mask [B, 1,
-    Q, T]."""
+    """The mask function: padding [B, T] or None where attention is causal, else a full mask [B, 1, Q, T]."""
     plain = mask_function is causal_mask_function and isinstance(q_offset, int) and kv_offset == 0
     if not plain or q_offset + q_length != kv_length:
         kwargs["allow_is_causal_skip"] = False

@@ -1,5 +1,4 @@
-"""What a TurboQuant cache layer hands to attention: codes, exact tokens and the recent window, as one
-tensor-like object.
+"""What a TurboQuant cache layer hands to attention: codes, exact tokens and recent window, as one tensor.
 
 Axis letters: B batch, T tokens, G key/value heads, D head dim, P packed tokens, E exact tokens, M groups of
 tokens with a mean of their own.

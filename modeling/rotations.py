@@ -1,9 +1,9 @@
 """Random orthogonal matrices: signed Walsh-Hadamard for any even dimension, and Haar.
 
-Vectors are rows: y = x @ rotation. Matrices are made on first use and kept; nothing is built in a
-    constructor,
-because Transformers builds models on the meta device. Random bits come from Python's generator, whose
-sequence is the same on every platform and release, so a saved cache is read with the rotation that wrote it.
+Vectors are rows: y = x @ rotation. Matrices are made on first use and kept; nothing is built in a model's
+constructor, because Transformers builds models on the meta device. Random bits come from Python's generator,
+whose sequence is the same on every platform and release, so a saved cache is read with the rotation that
+wrote it.
 """
 
 import random
@@ -42,8 +42,7 @@ def signed_hadamard(dim: int, seed: int = 0) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def haar(dim: int, seed: int = 0) -> torch.Tensor:
-    """A Haar-random orthogonal matrix [dim, dim] float64: QR of a Gaussian, columns by the signs of R's
-    diagonal."""
+    """A Haar-random orthogonal matrix [dim, dim] float64: Q of a Gaussian's QR, signed by R's diagonal."""
     generator = random.Random(seed)
     gaussian = [generator.gauss(0.0, 1.0) for _ in range(dim * dim)]
     q, r = torch.linalg.qr(torch.tensor(gaussian, dtype=torch.float64).view(dim, dim))

@@ -1,5 +1,4 @@
-"""TurboQuant's vector quantiser (Zandieh et al., arXiv 2504.19874): rotate, code every coordinate, keep one
-scale.
+"""TurboQuant's vector quantiser (arXiv 2504.19874): rotate, code every coordinate, keep one scale.
 
 Axis letters: D dimension of the vectors, N bytes of a vector's codes, S scales of a vector (one per part).
 
@@ -206,13 +205,11 @@ def _store_scale(scale: torch.Tensor, bits: int) -> torch.Tensor:
 
 @cache
 def scale_table() -> torch.Tensor:
-    """What the 256 levels of an 8 bit scale mean, float64: 0, then 2^(v/32 * (1 + (v/64)^4)) for v = -127 ...
-    127.
+    """What the levels of an 8 bit scale mean: 0, then 2^(v/32 * (1 + (v/64)^4)) for v = -127 ... 127.
 
     Steps of 2^(1/32) around 1, where the scales of a head lie once its typical length is divided out, and
-    wider ones outwards, so that the whole range of float32 is covered. An error of the scale is an error
-    along the key
-    itself and costs more than its size: with steps of 2^(1/8) the KL of 4 bit keys and values doubles.
+    wider ones outwards, to 2^-65 and 2^65. An error of the scale is an error along the key itself and costs
+    more than its size: with steps of 2^(1/8) the KL of 4 bit keys and values doubles.
     """
     v = torch.arange(-127, 128, dtype=torch.float64)
     return torch.cat([torch.zeros(1, dtype=torch.float64), (v / 32 * (1 + (v / 64) ** 4)).exp2()])
