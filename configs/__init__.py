@@ -1,4 +1,5 @@
-"""Presets as JSON files by folder (`models/`, `training/`, `evaluation/`); trained routers in `routers/`."""
+"""Presets as JSON files by folder (`models/`, `training/`, `evaluation/`); trained routers in `routers/`, and
+calibrations of quantised caches in `caches/`."""
 
 import json
 from importlib.resources import files
@@ -24,3 +25,8 @@ def preset(group: str, name: str) -> dict[str, Any]:
 def routers_folder(name: str) -> Path:
     """Folder of a router adapter that this package ships, such as "smollm2-135m"; it need not exist."""
     return Path(str(files(__name__) / "routers" / name))
+
+
+def caches_folder() -> Path:
+    """Folder of the calibrations that this package ships, `<model>-<preset>` each."""
+    return Path(str(files(__name__) / "caches"))

@@ -29,7 +29,9 @@ def codings(dim: int) -> list[Parts]:
     every = range(1, MOST_BITS + 1)
     pairs = [(high, low) for high in every for low in every if high > low]
     split = [
-        ((width, high), (dim - width, low)) for width in range(STEP, dim - 1, STEP) for high, low in pairs
+        ((width, high), (dim - width, low))
+        for width in range(STEP, dim - STEP + 1, STEP)
+        for high, low in pairs
     ]
     return [((dim, bits),) for bits in every] + split
 
@@ -87,18 +89,16 @@ def allocate(units: list[Unit], budget: int) -> list[int]:
     least = sum(int(unit.bits.min()) for unit in units)
     if least > budget:
         raise ValueError(f"{budget} bits do not hold {len(units)} units: they take at least {least}")
-    low, high = 0.0, 1.0  # prices: `low` is too cheap or free, `high` dear enough
-    if _spent(units, _choose(units, low)) <= budget:
-        return _choose(units, low)
-    while _spent(units, _choose(units, high)) > budget and high < 1e300:
-        low, high = high, high * 16
-    for _ in range(100):
-        middle = (low + high) / 2 if low > high / 64 else high / 64
-        if _spent(units, _choose(units, middle)) > budget:
+    if _spent(units, free := _choose(units, 0.0)) <= budget:
+        return free
+    low, high = -300.0, 300.0  # powers of 2: one price is too low, the other high enough
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        if _spent(units, _choose(units, 2.0**middle)) > budget:
             low = middle
         else:
             high = middle
-    chosen = _choose(units, high)
+    chosen = _choose(units, 2.0**high)
     return _spend_rest(units, chosen, budget - _spent(units, chosen))
 
 

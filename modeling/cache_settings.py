@@ -217,6 +217,9 @@ _PAPER = {
 PRESETS: dict[str, dict[str, Any]] = {
     "4bit": {"key_bits": 4, "value_bits": 4},
     "3bit": {"key_bits": 3, "value_bits": 3},
+    # For models without a calibration, within these bits from 64 dimensions on, scales and means counted.
+    "2.7bit": {"key_bits": 3, "value_bits": 2},
+    "1.8bit": {"key_bits": 2, "value_bits": 1},
     "paper-3.5": {"key_bits": "1/4x4+3/4x3", "value_bits": "1/4x4+3/4x3", **_PAPER},
     "paper-2.5": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/4x3+3/4x2", **_PAPER},
 }

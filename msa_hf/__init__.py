@@ -40,13 +40,16 @@ if (_CheckoutFinder.root / "setup.py").is_file() and _CheckoutFinder not in sys.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
+from .configs import caches_folder  # noqa: E402
 from .modeling.cache_turboquant import TurboQuantCache  # noqa: E402
+from .modeling.calibration_files import register_calibrations  # noqa: E402
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
 
 __all__ = ["MSAConfig", "MSAForCausalLM", "MSAModel", "MemoryBank", "TurboQuantCache", "__version__"]
 
+register_calibrations(caches_folder())
 AutoConfig.register(MSAConfig.model_type, MSAConfig, exist_ok=True)
 # Its from_dict gives a plain MSAConfig, so the models need no second registration.
 AutoConfig.register(MSAReferenceConfig.model_type, MSAReferenceConfig, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The msa-hf command: convert, ingest, ask, train-router, eval.
+"""The msa-hf command: convert, ingest, ask, train-router, calibrate-cache, eval.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 an error with one
 line that says what to do, 2 wrong usage, 130 interrupted.
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msa-hf {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_eval):
+    for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_calibrate_cache, _add_eval):
         add(subparsers)
     return parser
 
@@ -189,6 +189,34 @@ def _add_train_router(subparsers) -> None:
     _add_batch_tokens(parser)
     _add_loading(parser)
     parser.set_defaults(run=commands.train_router)
+
+
+def _add_calibrate_cache(subparsers) -> None:
+    parser = _command(
+        subparsers,
+        "calibrate-cache",
+        "find where a quantised key/value cache of a model needs its bits",
+        "Gradients of texts and measured KL decide the bits of every layer and head, and fit transforms.\n"
+        "TurboQuantCache takes the folder through Calibration.from_pretrained.",
+        "msa-hf calibrate-cache smollm2-135m --average-bits 2.7 --out ./smollm2-2.7bit",
+        "msa-hf calibrate-cache ./model --average-bits 1.8 --texts notes.txt code.py --out ./model-1.8bit",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of any causal model, or a packaged one")
+    parser.add_argument(
+        "--average-bits",
+        type=float,
+        default=2.7,
+        metavar="B",
+        help="per key and value, scales and means included; default 2.7",
+    )
+    parser.add_argument(
+        "--texts", nargs="+", metavar="FILE", help="what it is fitted to (default: articles, code and recall)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="folder of the calibration")
+    parser.add_argument("--no-transforms", action="store_true", help="bits alone: one small JSON file")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")
+    _add_loading(parser)
+    parser.set_defaults(run=commands.calibrate_cache)
 
 
 def _add_eval(subparsers) -> None:

@@ -149,6 +149,35 @@ def train_router(options: argparse.Namespace) -> None:
     )
 
 
+def calibrate_cache(options: argparse.Namespace) -> None:
+    from .evaluation.cache_models import load_causal_model, model_folder
+    from .evaluation.cache_texts import calibration_texts
+    from .modeling.cache_turboquant import TurboQuantCache
+
+    if options.texts:
+        texts = [Path(path).read_text(encoding="utf-8") for path in options.texts]
+    else:
+        texts = calibration_texts()
+    model, tokenizer = load_causal_model(model_folder(options.model), options.dtype, options.device)
+    calibration = TurboQuantCache.calibrate(
+        model,
+        texts,
+        options.average_bits,
+        tokenizer=tokenizer,
+        transforms=not options.no_transforms,
+        seed=options.seed,
+    )
+    calibration.save_pretrained(options.out)
+    if options.json:
+        _print_json({"calibration": str(options.out), **calibration.details})
+        return
+    found = calibration.details
+    print(
+        f"{options.out}: {found['bits']:.3f} bits (keys {found['key_bits']:.3f}, values "
+        f"{found['value_bits']:.3f}), KL {found['measured_kl']:.5f} on texts that it was not fitted to"
+    )
+
+
 def evaluate(options: argparse.Namespace) -> None:
     if options.suite == "cache":
         evaluate_cache(options)

@@ -301,7 +301,9 @@ def test_eval(capsys, tmp_path, model_folder, monkeypatch, suite):
     assert code == 0 and len(out.splitlines()) > 3
 
 
-@pytest.mark.parametrize("command", ["", "convert", "ingest", "ask", "train-router", "eval"])
+@pytest.mark.parametrize(
+    "command", ["", "convert", "ingest", "ask", "train-router", "calibrate-cache", "eval"]
+)
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"] if command else ["--help"])

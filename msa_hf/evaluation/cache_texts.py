@@ -7,6 +7,7 @@ haystacks, 2 for calibration. What an allocation of bits is chosen on is therefo
 from __future__ import annotations
 
 import os
+import random
 import zipfile
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,32 @@ def benchmark_texts(cache: str | os.PathLike | None = None) -> list[Text]:
 
 
 def calibration_texts(cache: str | os.PathLike | None = None) -> list[str]:
-    """Eight other articles and another file of source code."""
-    texts = [*_articles(CALIBRATION, cache)[:8], _source_code(CALIBRATION, cache)]
-    return [text.text for text in texts]
+    """Eight other articles, another file of source code, and two texts of facts that are asked for later."""
+    articles = _articles(CALIBRATION, cache)
+    texts = [*articles[:8], _source_code(CALIBRATION, cache)]
+    return [*(text.text for text in texts), *(recall_text(articles[-1].text, seed) for seed in (0, 1))]
+
+
+def recall_text(filler: str, seed: int, facts: int = 20) -> str:
+    """Made-up facts between sentences of a text, then questions for all of them with their answers."""
+    generator = random.Random(seed)
+    sentences = [part.strip() for part in filler.replace("\n", " ").split(". ") if part.strip()]
+    sentences = sentences[seed * facts :]
+    owners = generator.sample([f"{kind} of {place}" for kind in _KINDS for place in _PLACES], facts)
+    codes = [str(generator.randrange(10_000, 100_000)) for _ in owners]
+    told = [
+        f"The number of the {owner} is {code}. {sentence}."
+        for owner, code, sentence in zip(owners, codes, sentences)
+    ]
+    asked = []
+    for _ in range(4):
+        for owner, code in generator.sample(list(zip(owners, codes)), facts):
+            asked.append(f"Question: What is the number of the {owner}?\nAnswer: {code}")
+    return " ".join(told) + "\n\n" + "\n\n".join(asked)
+
+
+_KINDS = ("museum", "harbour", "library", "station", "old mill", "theatre", "observatory")
+_PLACES = ("Aldane", "Brisk Hill", "Corvale", "Dunmere", "Eastwick", "Fenport", "Grayford", "Holm")
 
 
 def long_texts(cache: str | os.PathLike | None = None) -> list[Text]:
