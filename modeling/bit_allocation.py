@@ -4,14 +4,19 @@ Axis letters: S random directions, G key/value heads, n tokens, D head dim, U un
 head), C codings.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 
 import torch
 
 from .bit_packing import MOST_BITS, packed_bytes
+from .cache_settings import CacheSettings
 from .codebooks import distortion
 
 Parts = tuple[tuple[int, int], ...]  # (width, bits) of consecutive coordinates
+Name = tuple[str, int]  # "keys" or "values", and the layer
+Choices = dict[Name, list[Parts]]  # of every head
 
 STEP = 8  # widths of parts, so that codes fill whole bytes
 
@@ -130,3 +135,66 @@ def _spend_rest(units: list[Unit], chosen: list[int], rest: int) -> list[int]:
             return chosen
         rest -= int(units[number].bits[place] - units[number].bits[chosen[number]])
         chosen = [*chosen[:number], place, *chosen[number + 1 :]]
+
+
+class BitBudget:
+    """Bits of a token in all packed layers, and what of them each choice takes.
+
+    Args:
+        shapes: (G, D) of the keys and values of each packed layer. choices: the codings of each.
+        average_bits: of a number, with scales and means counted.
+        floors: bits per coordinate that every head's codes get at least, by kind.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[Name, tuple[int, int]],
+        choices: dict[Name, list[Parts]],
+        average_bits: float,
+        settings: CacheSettings,
+        floors: dict[str, float],
+    ):
+        self.shapes, self.choices, self.average_bits, self.floors = shapes, choices, average_bits, floors
+        self.scale_bits = {"keys": settings.key_scale_bits, "values": settings.value_scale_bits}
+        self.mean_bits = 16 / settings.mean_group if settings.mean_group else 0.0  # of a number of a key
+        self.total = sum(
+            heads * dim * (average_bits - self._mean(name)) for name, (heads, dim) in self._items()
+        )
+
+    def spend(self, costs: dict[Name, torch.Tensor], corrections: dict[Name, float]) -> Choices:
+        """The choice for every head of the lowest total cost. Raises ValueError if nothing is that small."""
+        units, owners = [], []
+        for (kind, layer), (heads, dim) in self._items():
+            bits = [vector_bits(parts, self.scale_bits[kind]) for parts in self.choices[kind, layer]]
+            codes = [sum(width * bits for width, bits in parts) for parts in self.choices[kind, layer]]
+            allowed = [i for i, count in enumerate(codes) if count >= self.floors[kind] * dim]
+            for head in range(heads):
+                own = costs[kind, layer][head, allowed].double() * corrections[kind, layer]
+                units.append(Unit(own, torch.tensor(bits)[allowed]))
+                owners.append(((kind, layer), allowed))
+        try:
+            chosen = allocate(units, floor(self.total + 1e-9))
+        except ValueError as error:
+            raise ValueError(
+                f"average_bits = {self.average_bits} is too few for this model: {error}"
+            ) from None
+        found: Choices = {name: [] for name in self.shapes}
+        for (name, allowed), place in zip(owners, chosen):
+            found[name].append(self.choices[name][allowed[place]])
+        return found
+
+    def average(self, chosen: Choices, kinds: Sequence[str] = ("keys", "values")) -> float:
+        """Bits of a number of the packed keys and values: codes, scales and means."""
+        bits = elements = 0.0
+        for name, (heads, dim) in self._items():
+            if name[0] in kinds:
+                elements += heads * dim
+                bits += heads * dim * self._mean(name)
+                bits += sum(vector_bits(parts, self.scale_bits[name[0]]) for parts in chosen[name])
+        return bits / elements
+
+    def _mean(self, name: Name) -> float:
+        return self.mean_bits if name[0] == "keys" else 0.0
+
+    def _items(self):
+        return self.shapes.items()

@@ -45,25 +45,30 @@ class ReferenceText:
         return found
 
     def divergence(
-        self, coded: Coded, kinds: Iterable[str] = KINDS, layers: Iterable[int] | None = None
+        self,
+        coded: Coded,
+        kinds: Iterable[str] = KINDS,
+        layers: Iterable[int] | None = None,
+        tokens: int | None = None,
     ) -> float:
-        """Mean KL of the tokens after the context if these layers and kinds are coded, in nats."""
+        """Mean KL in nats of the first `tokens` after the context, all by default, if these layers and kinds
+        are coded."""
         chosen = {
             name: states
             for name, states in coded.items()
             if name[0] in kinds and (layers is None or name[1] in layers)
         }
-        logits, total = self._logits(chosen), 0.0
+        logits, total = self._logits(chosen, tokens), 0.0
         for rows in range(0, len(logits), _ROWS):
-            dense = self.logits[rows : rows + _ROWS].float().log_softmax(-1)
-            ours = logits[rows : rows + _ROWS].float().log_softmax(-1)
+            own = slice(rows, min(rows + _ROWS, len(logits)))
+            dense, ours = (part[own].float().log_softmax(-1) for part in (self.logits, logits))
             total += float((dense.exp() * (dense - ours)).sum(dtype=torch.float64))
         return total / len(logits)
 
     @torch.no_grad()
-    def _logits(self, coded: Coded) -> torch.Tensor:
+    def _logits(self, coded: Coded, tokens: int | None = None) -> torch.Tensor:
         """[Q, V], with some of the context replaced."""
         cache = branch(self.cache)
         for (kind, index), states in coded.items():
             setattr(cache.layers[index], kind, states)
-        return self.model(self.rest, past_key_values=cache, use_cache=True).logits[0]
+        return self.model(self.rest[:, :tokens], past_key_values=cache, use_cache=True).logits[0]

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from msa_hf.modeling import calibration_files
 from msa_hf.modeling.bit_allocation import Unit, allocate, coding_costs, codings, spec, vector_bits
-from msa_hf.modeling.cache_calibration import CalibrationPlan, cut_segments
 from msa_hf.modeling.cache_settings import CacheSettings, parse_bits
 from msa_hf.modeling.cache_turboquant import TurboQuantCache
 from msa_hf.modeling.calibration_files import Calibration, identity, register_calibrations
+from msa_hf.modeling.calibration_plan import CalibrationPlan, cut_segments, halves, spaced
 from msa_hf.modeling.codebooks import distortion
 from msa_hf.modeling.coding_effect import ReferenceText
 from msa_hf.modeling.errors import MemoryFormatError, MemoryMismatchError
@@ -25,7 +25,7 @@ from msa_hf.modeling.key_value_gradients import context_gradients, fisher_direct
 from msa_hf.modeling.transform_fitting import fit_transform, matrix_power
 
 SMALL = CacheSettings(window=8, block=8, mean_group=16, sinks=2, extremes=2)
-PLAN = {"context": 96, "continuation": 32, "stride": 1, "depths": 2}
+PLAN = {"context": 96, "continuation": 32, "stride": 1, "probe_tokens": 16}
 
 
 def texts(count=5, tokens=130, seed=0):
@@ -453,6 +453,14 @@ def test_segments_take_turns():
     plan = CalibrationPlan(context=2, continuation=1, segments=4)
     segments, owners = cut_segments(rows, plan)
     assert segments == [[0, 1, 2], [100, 101, 102], [3, 4, 5], [103, 104, 105]] and owners == [0, 1, 0, 1]
+    assert halves(owners) == ([0, 2], [1, 3]) == halves([7, 7, 7, 7])
+    assert halves([0, 3, 4, 0]) == ([0, 2, 3], [1])
+
+
+def test_spaced_numbers():
+    assert (
+        spaced([1, 3, 5, 7, 9], 3) == [1, 5, 9] and spaced([1, 3], 5) == [1, 3] and spaced([4, 6], 1) == [4]
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ MODELING_FLOORS = {
     "key_value_gradients": 1,
     "transform_fitting": 1,
     "bit_allocation": 1,
+    "calibration_plan": 1,
+    "coding_prices": 1,
     "entropy_coding": 1,
     "fingerprint_msa": 1,
     "ops": 2,
