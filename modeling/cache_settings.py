@@ -153,11 +153,12 @@ class CacheSettings:
         harm.
         """
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        plain = isinstance(self.key_bits, int) and self.form == "mse" and self.rotation != "none"
+        plain = not isinstance(self.key_bits, list) and self.form == "mse" and self.rotation != "none"
         if self.first_key_bits is not None or not plain or dim % 16 or not has_biased_keys(config):
             return self
-        rest = max(4, self.key_bits)
-        return replace(self, first_key_bits=f"1/8x{rest + (self.key_bits < 4)}+7/8x{rest}")
+        fewest = min(bits for _, bits in parse_bits(self.key_bits, dim))
+        rest = max(4, fewest)
+        return replace(self, first_key_bits=f"1/8x{rest + (fewest < 4)}+7/8x{rest}")
 
     def specs(self, kind: str, layer: int, heads: int) -> list[BitSpec]:
         """Bits of each key/value head of a layer; kind is "keys" or "values"."""
@@ -218,10 +219,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "4bit": {"key_bits": 4, "value_bits": 4},
     "3bit": {"key_bits": 3, "value_bits": 3},
     # For models without a calibration, within these bits from 64 dimensions on, scales and means counted.
-    "2.7bit": {"key_bits": 3, "value_bits": 2},
-    "1.8bit": {"key_bits": 2, "value_bits": 1},
-    "paper-3.5": {"key_bits": "1/4x4+3/4x3", "value_bits": "1/4x4+3/4x3", **_PAPER},
-    "paper-2.5": {"key_bits": "1/4x3+3/4x2", "value_bits": "1/4x3+3/4x2", **_PAPER},
+    # On SmolLM2-135M KL .0062 and .0237; one width for all at no fewer bits has .0072 (3/2) and .0398 (2/1).
+    "2.7bit": {"key_bits": "1/4x4+3/4x2", "value_bits": "1/4x3+3/4x2"},
+    "1.8bit": {"key_bits": "1/4x3+3/4x1", "value_bits": "1/4x2+3/4x1"},
+    "paper-3.5": dict.fromkeys(("key_bits", "value_bits", "first_key_bits"), "1/4x4+3/4x3") | _PAPER,
+    "paper-2.5": dict.fromkeys(("key_bits", "value_bits", "first_key_bits"), "1/4x3+3/4x2") | _PAPER,
 }
 
 

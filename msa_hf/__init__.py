@@ -42,12 +42,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E4
 
 from .configs import caches_folder  # noqa: E402
 from .modeling.cache_turboquant import TurboQuantCache  # noqa: E402
-from .modeling.calibration_files import register_calibrations  # noqa: E402
+from .modeling.calibration_files import Calibration, register_calibrations  # noqa: E402
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
 
-__all__ = ["MSAConfig", "MSAForCausalLM", "MSAModel", "MemoryBank", "TurboQuantCache", "__version__"]
+__all__ = [
+    "Calibration",
+    "MSAConfig",
+    "MSAForCausalLM",
+    "MSAModel",
+    "MemoryBank",
+    "TurboQuantCache",
+    "__version__",
+]
 
 register_calibrations(caches_folder())
 AutoConfig.register(MSAConfig.model_type, MSAConfig, exist_ok=True)

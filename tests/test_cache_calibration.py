@@ -10,7 +10,9 @@ from backbones import CACHE_BACKBONES, cache_backbone
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
+from msa_hf.configs import caches_folder
 from msa_hf.modeling import calibration_files
 from msa_hf.modeling.bit_allocation import Unit, allocate, coding_costs, codings, spec, vector_bits
 from msa_hf.modeling.cache_settings import CacheSettings, parse_bits
@@ -25,6 +27,7 @@ from msa_hf.modeling.key_value_gradients import context_gradients, fisher_direct
 from msa_hf.modeling.transform_fitting import fit_transform, matrix_power
 
 SMALL = CacheSettings(window=8, block=8, mean_group=16, sinks=2, extremes=2)
+DERIVED = ("layer_types", "sliding_windows")  # of the identity of a model
 PLAN = {"context": 96, "continuation": 32, "stride": 1, "probe_tokens": 16}
 
 
@@ -446,6 +449,28 @@ def test_presets_without_a_calibration_hold_what_their_names_say(monkeypatch, pr
     with torch.no_grad():
         model(torch.tensor([texts(1, 320)[0]]), past_key_values=cache)
     assert cache.report().packed_tokens == 256 and cache.report().bits <= most
+
+
+@pytest.mark.parametrize("folder", sorted(caches_folder().glob("*/")), ids=lambda folder: folder.name)
+def test_shipped_calibrations_serve_their_models(folder):
+    """By name, for a configuration of the same architecture, within their bits, the command beside them."""
+    found, preset = Calibration.from_pretrained(folder), folder.name.rpartition("-")[2]
+    assert found.details["bits"] <= float(preset.removesuffix("bit")) == found.details["average_bits"]
+    command = f"msa-hf calibrate-cache {folder.name.removesuffix(f'-{preset}')}"
+    assert command in (folder / "README.md").read_text()
+    config = AutoConfig.for_model(**{k: v for k, v in found.model.items() if k not in DERIVED})
+    cache = TurboQuantCache(config, preset)
+    assert cache.settings == found.settings and cache.transforms is not None
+    # One layer, filled to whole groups, holds what its bit map says.
+    heads, dim = found.model["num_key_value_heads"], found.model["head_dim"]
+    states = torch.randn(2, 1, heads, 256 + found.settings.window, dim)
+    cache.update(*states, 3)
+    layer = cache.layers[3]
+    held = sum(part.codes.view().nbytes + part.scales.view().nbytes for part in layer._parts())
+    specs = [
+        parse_bits(own, dim) for kind in ("keys", "values") for own in found.settings.specs(kind, 3, heads)
+    ]
+    assert layer.packed_length == 256 and held * 8 == 256 * sum(vector_bits(parts, 8) for parts in specs)
 
 
 def test_segments_take_turns():
