@@ -279,6 +279,21 @@ def test_train_router(capsys, tmp_path, model_folder):
     assert code == 1 and "line 1" in err
 
 
+def test_calibrate_cache(capsys, tmp_path, model_folder):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(" ".join(f"{name} {number} of them." for number in range(120)))
+    texts = ["--texts", tmp_path / "one.txt", tmp_path / "two.txt"]
+    out = tmp_path / "calibration"
+    arguments = ["calibrate-cache", model_folder, "--average-bits", 3.5, "--out", out]
+    code, text, _ = run(capsys, *arguments, *texts, "--no-transforms", "--json")
+    assert code == 0 and json.loads(text)["bits"] <= 3.5
+    assert [path.name for path in out.iterdir()] == ["calibration.json"]
+    code, text, _ = run(capsys, *arguments, *texts, "--seed", 1)
+    assert code == 0 and "bits (keys" in text and (out / "calibration.safetensors").is_file()
+    code, _, err = run(capsys, *arguments, "--texts", tmp_path / "one.txt")
+    assert code == 1 and "at least two segments of 1536 tokens" in err
+
+
 @pytest.mark.parametrize("suite", ["retrieval", "answers", "cost"])
 def test_eval(capsys, tmp_path, model_folder, monkeypatch, suite):
     monkeypatch.setattr(packages, "hotpotqa", lambda cache=None: records())
