@@ -70,15 +70,7 @@ def calibrate(
     held_out = spaced(prices.folds[1], plan.measured)
     with calibrating(model), torch.no_grad():
         references = [ReferenceText(model, segments[number], plan.context) for number in held_out]
-        corrections = {name: _STARTING[name[0]] for name in samples}
-        for _ in range(plan.rounds):
-            chosen = budget.spend(prices.costs, corrections)
-            coded = _coded(references, settings, chosen, prices.fitted(chosen, fit=0))
-            corrections = _measured_corrections(references, coded, prices.priced(chosen), plan)
-        chosen = budget.spend(prices.costs, corrections)
-        coded = _coded(references, settings, chosen, prices.fitted(chosen, fit=0))
-        measured = _divergence(references, coded)
-    predicted = sum(corrections[name] * cost for name, cost in prices.priced(chosen).items())
+        measured, predicted, chosen = _best_choice(references, prices, budget, settings, plan)
     logger.info("%.3f bits: KL %.5f predicted, %.5f measured", budget.average(chosen), predicted, measured)
     return Calibration(
         settings=_with_bits(settings, chosen, model.config),
@@ -97,6 +89,29 @@ def calibrate(
             "plan": asdict(plan),
         },
     )
+
+
+def _best_choice(
+    references: list[ReferenceText],
+    prices: CodingPrices,
+    budget: BitBudget,
+    settings: CacheSettings,
+    plan: CalibrationPlan,
+) -> tuple[float, float, Choices]:
+    """(measured KL, predicted KL, choice) with the lowest measured KL of all rounds."""
+    found, corrections = [], {name: _STARTING[name[0]] for name in prices.costs}
+    for number in range(plan.rounds + 1):
+        chosen = budget.spend(prices.costs, corrections)
+        priced = prices.priced(chosen)
+        # Fitted to one half of the segments and measured on the other.
+        coded = _coded(references, settings, chosen, prices.fitted(chosen, fit=0))
+        measured = _divergence(references, coded)
+        predicted = sum(corrections[name] * cost for name, cost in priced.items())
+        logger.info("round %d: KL %.6f predicted, %.6f measured", number, predicted, measured)
+        found.append((measured, predicted, chosen))
+        if number < plan.rounds:
+            corrections = _measured_corrections(references, coded, priced, plan)
+    return min(found, key=lambda one: one[0])
 
 
 def _measured_corrections(
