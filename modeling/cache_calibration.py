@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # Measured KL over predicted KL where nothing was measured: errors of values are alike between tokens.
 _STARTING = {"keys": 1.7, "values": 4.3}
+_NOISE = 0.1  # differences of measured KL that two segments cannot tell from none
 
 
 def calibrate(
@@ -98,7 +99,7 @@ def _best_choice(
     settings: CacheSettings,
     plan: CalibrationPlan,
 ) -> tuple[float, float, Choices]:
-    """(measured KL, predicted KL, choice) with the lowest measured KL of all rounds."""
+    """(measured KL, predicted KL, choice) of the last round whose measured KL is about the lowest."""
     found, corrections = [], {name: _STARTING[name[0]] for name in prices.costs}
     for number in range(plan.rounds + 1):
         chosen = budget.spend(prices.costs, corrections)
@@ -111,7 +112,8 @@ def _best_choice(
         found.append((measured, predicted, chosen))
         if number < plan.rounds:
             corrections = _measured_corrections(references, coded, priced, plan)
-    return min(found, key=lambda one: one[0])
+    lowest = min(measured for measured, _, _ in found)
+    return [one for one in found if one[0] <= (1 + _NOISE) * lowest][-1]
 
 
 def _measured_corrections(

@@ -20,7 +20,7 @@ class CalibrationPlan:
         key_shrinkage, value_shrinkage: see `fit_transform`.
         measured: segments on which KL is measured. probe_tokens: how many tokens of them each layer alone is
             measured on.
-        rounds: how often measured KL corrects the prices; the choice with the lowest stays.
+        rounds: how often measured KL corrects the prices, unless that makes it worse.
         seed: of everything random.
     """
 
