@@ -86,7 +86,7 @@ def test_two_caches_at_once_are_refused(model, bank, batch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("key_bits", 5), ("window", -1), ("preset", "5bit"), ("nonsense", 1)]
+    ("field", "value"), [("key_bits", 7), ("window", -1), ("preset", "5bit"), ("nonsense", 1)]
 )
 def test_bad_cache_config_names_the_field(model, batch, field, value):
     config = {"cache_implementation": "quantized", "cache_config": {"backend": "turboquant", field: value}}
