@@ -35,8 +35,6 @@ def answer(model, batch, **options):
 def test_codes_give_the_tokens_of_decoded_eager_attention(model, bank, batch, mode, reads):
     if reads:
         mode = {**mode, "memory": bank, "retrieval": "attention"}
-    elif "prefill_chunk_size" in mode:
-        pytest.skip("left padding with chunked prefill is covered with the plain cache")
     expected = {}
     for implementation in ("eager", "sdpa", "turboquant"):
         model.set_attn_implementation(implementation)
