@@ -25,7 +25,14 @@ from .entropy_coding import decode_stream, encode_streams
 from .errors import MemoryFormatError, MemoryMismatchError
 from .fingerprint_msa import hash_decoder
 from .fitted_transforms import FittedTransforms
-from .memory_files import check_file_name, check_size, file_sha256, replace_json, write_tensors
+from .memory_files import (
+    check_file_name,
+    check_size,
+    file_sha256,
+    read_format,
+    replace_json,
+    write_tensors,
+)
 
 FORMAT = "msa_hf cache"
 FORMAT_VERSION = 1
@@ -215,14 +222,7 @@ def differing_fields(stored: dict[str, Any], own: dict[str, Any]) -> list[str]:
 
 
 def _read_index(path: Path) -> dict[str, Any]:
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise MemoryFormatError(f"{path} is not the index of a saved cache")
-    if index["format_version"] != FORMAT_VERSION:
-        raise MemoryFormatError(
-            f"{path}: format_version must be {FORMAT_VERSION} for this release; got "
-            f"{index['format_version']!r}"
-        )
+    index = read_format(path, FORMAT, FORMAT_VERSION)
     if index.pop("sha256", None) != _digest(index):
         raise MemoryFormatError(f"{path} is damaged: its own SHA-256 differs")
     return index

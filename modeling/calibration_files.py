@@ -21,7 +21,14 @@ from .cache_files import architecture, differing_fields
 from .cache_settings import CacheSettings
 from .errors import MemoryFormatError, MemoryMismatchError
 from .fitted_transforms import FittedTransforms
-from .memory_files import check_file_name, check_size, file_sha256, replace_json, write_tensors
+from .memory_files import (
+    check_file_name,
+    check_size,
+    file_sha256,
+    read_format,
+    replace_json,
+    write_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +97,7 @@ class Calibration:
         if not (directory / INDEX).is_file():
             raise FileNotFoundError(f"no calibration in {directory}: {INDEX} is missing")
         try:
-            index = _read_index(directory / INDEX)
+            index = read_format(directory / INDEX, FORMAT, FORMAT_VERSION)
             settings, model = CacheSettings.from_dict(index["settings"]), dict(index["model"])
             transforms = index["transforms"] and _read_transforms(directory, index["transforms"])
             return cls(settings, model, transforms, str(index["weights"]), dict(index["details"]))
@@ -149,18 +156,6 @@ def find_calibration(preset: str, config: Any) -> Calibration | None:
 @lru_cache(maxsize=16)
 def _shipped(directory: Path) -> Calibration:
     return Calibration.from_pretrained(directory)
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise MemoryFormatError(f"{path} is not a calibration")
-    if index["format_version"] != FORMAT_VERSION:
-        raise MemoryFormatError(
-            f"{path}: format_version must be {FORMAT_VERSION} for this release; got "
-            f"{index['format_version']!r}"
-        )
-    return index
 
 
 def _read_transforms(directory: Path, stored: dict[str, Any]) -> FittedTransforms:

@@ -20,6 +20,10 @@ class FittedTransforms:
         self.matrices = dict(matrices)
         self._made: dict[tuple, Transform] = {}
 
+    def __deepcopy__(self, memo: dict) -> "FittedTransforms":
+        """Itself, like every `Transform`."""
+        return self
+
     def has(self, kind: str, layer: int) -> bool:
         return f"layers.{layer}.{kind}" in self.matrices
 

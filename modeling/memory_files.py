@@ -142,6 +142,21 @@ def replace_json(path: Path, data: dict, stamp: str) -> None:
     os.replace(temporary, path)
 
 
+def read_format(path: Path, name: str, version: int) -> dict:
+    """The JSON object in a file that says which format and format_version it has.
+
+    Raises MemoryFormatError if these are not `name` and `version`.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or data.get("format") != name:
+        raise MemoryFormatError(f"{path} is not a file of the format {name!r}")
+    if data["format_version"] != version:
+        raise MemoryFormatError(
+            f"{path}: format_version must be {version} for this release; got {data['format_version']!r}"
+        )
+    return data
+
+
 def check_file_name(name: str, index: str) -> str:
     """The name, if it leads out of no directory; `index` is the file that gave it."""
     if not isinstance(name, str) or Path(name).name != name:

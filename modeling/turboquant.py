@@ -46,6 +46,10 @@ class Transform:
     def nbytes(self) -> int:
         return self.encode.nbytes + self.decode.nbytes
 
+    def __deepcopy__(self, memo: dict) -> "Transform":
+        """Itself: nothing changes a transform, and a copied cache reads with the same one."""
+        return self
+
     def to(self, device: torch.device) -> "Transform":
         """The same on a device. Layers share transforms, so this one stays where it is."""
         if self.encode.device == device:

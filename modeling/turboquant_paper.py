@@ -10,6 +10,7 @@ unbiased scale, and PolarQuant spends bits on radii.
 
 import math
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -27,7 +28,7 @@ _GRID = 1 << 16
 
 
 @dataclass(frozen=True)
-class _PartQuantizer:
+class _PartQuantizer(ABC):
     """What both forms share: parts of a vector that are coded one by one, with bfloat16 scales."""
 
     parts: tuple[tuple[int, int], ...]
@@ -88,17 +89,17 @@ class _PartQuantizer:
             byte, scale = byte + size, scale + count
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
 
+    @abstractmethod
     def _part_sizes(self, width: int, bits: int) -> tuple[int, int]:
         """(bytes of codes, number of scales) of one part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode_part(self, part: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes [..., N], scales [..., S] float64) of a part [..., W] float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode_part(self, codes: torch.Tensor, scales: torch.Tensor, width: int, bits: int) -> torch.Tensor:
         """The part [..., W], in the precision of `scales`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,10 @@ def test_bit_maps_alone_are_one_file(tmp_path, wide, calibration):
     "damage, message",
     [
         (lambda index: index.pop("settings"), "is damaged: KeyError"),
-        (lambda index: index.update(format="other"), "is not a calibration"),
+        (
+            lambda index: index.update(format="other"),
+            "not a file of the format 'msa_hf cache calibration'",
+        ),
         (lambda index: index.update(format_version=9), "format_version must be 1 .*; got 9"),
         (lambda index: index["settings"].update(key_bits="x"), "is damaged: .*key_bits must be"),
         (lambda index: index["transforms"].update(bytes=3), "must have 3 bytes"),

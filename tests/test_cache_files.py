@@ -344,7 +344,7 @@ def rewrite(folder, change):
     ("change", "message"),
     [
         (lambda index: index.update(format_version=2), "format_version must be 1.*got 2"),
-        (lambda index: index.update(format="msa_hf memory"), "not the index of a saved cache"),
+        (lambda index: index.update(format="msa_hf memory"), "is not a file of the format 'msa_hf cache'"),
         (lambda index: index["settings"].update(key_bits=4), r"keys.0.codes must have shape .*, 4\); got"),
         (lambda index: index["settings"].update(key_bits=9), "key_bits must be"),
         (lambda index: index["settings"].update(rainbow=1), "unknown cache settings: rainbow"),
@@ -418,7 +418,7 @@ def test_missing_files_are_named(saved, copy):
         TurboQuantCache.from_pretrained(copy, saved[1])
     saved[1].config.save_pretrained(copy)
     (copy / "cache.json").write_text("[1, 2]")
-    with pytest.raises(MemoryFormatError, match="not the index"):
+    with pytest.raises(MemoryFormatError, match="is not a file of the format 'msa_hf cache'"):
         TurboQuantCache.from_pretrained(copy, saved[1])
 
 

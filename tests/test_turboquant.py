@@ -1,5 +1,6 @@
 """The quantiser against closed forms, quadrature and naive twins: codebooks, rotations, codes, bytes."""
 
+import copy
 import math
 from functools import partial
 
@@ -487,3 +488,8 @@ def test_a_transform_goes_elsewhere_without_leaving():
     assert elsewhere.encode.device.type == elsewhere.decode.device.type == "meta"
     assert transform.to(torch.device("meta")) is elsewhere
     assert transform.to(torch.device("cpu")) is transform
+
+
+def test_a_copied_transform_is_the_same_one():
+    transform = Transform.rotation("hadamard", (8,))
+    assert copy.deepcopy({"read by": transform})["read by"] is transform
