@@ -1,0 +1,189 @@
+"""Packed codes to centroids, the step that all kernels share.
+
+A part of W channels in b bits is stored as planes (modeling/bit_packing.py says how and writes them). Bytes
+are loaded once, as they lie; every plane gives tiles of W * b / 8 channels, which are interleaved in
+registers. A tile of centroids therefore has its channels in the order of `joined_channels`, and whoever
+multiplies with it loads the other operand in that order. Axis letters: N rows, W channels of a part,
+J = next power of 2 of W.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+
+
+def code_bytes(width: int, bits: int) -> int:
+    """Bytes of the codes of a vector of `width` channels."""
+    return (width * bits + 7) // 8
+
+
+@cache
+def joined_channels(width: int, bits: int) -> tuple[int, ...]:
+    """The channel at each of the J places of a tile of `load_centroids`, -1 for padding."""
+    if bits > 4:
+        return tuple(i if i < width else -1 for i in range(triton.next_power_of_2(width)))
+    tiles = {4: 2, 2: 4, 1: 8, 3: 8}[bits]  # bits = 3 has two halves of four tiles
+    size = width // tiles
+    order = []
+    for i in range(triton.next_power_of_2(size)):
+        for place in range(tiles):
+            number = int(f"{place:0{tiles.bit_length() - 1}b}"[::-1], 2)
+            if bits == 3:  # the last join is over the halves, so its bit counts half a tile
+                number = number % 4 * 2 + number // 4
+            order.append(number * size + i if i < size else -1)
+    return tuple(order)
+
+
+@cache
+def channel_table(width: int, bits: int, device: torch.device) -> torch.Tensor:
+    """`joined_channels` as int32 [J] on a device."""
+    return torch.tensor(joined_channels(width, bits), dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _shifted(codes, table_ptr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
+    index = (codes >> SHIFT) & ((1 << WIDTH) - 1)
+    return tl.load(table_ptr + index.to(tl.int32)).to(TYPE)
+
+
+@triton.jit
+def _joined_pair(first, second):
+    joined = tl.join(first, second)
+    return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 2))
+
+
+@triton.jit
+def _joined_four(a, b, c, d):
+    joined = tl.join(tl.join(a, b), tl.join(c, d))
+    return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 4))
+
+
+@triton.jit
+def _joined_eight(a, b, c, d, e, f, g, h):
+    joined = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+    return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 8))
+
+
+@triton.jit
+def _load_bytes(row_ptr, row_ok, START: tl.constexpr, SIZE: tl.constexpr):
+    """uint8 [N, next power of 2 of SIZE]: SIZE bytes of every row from START on, 0 where there are none."""
+    PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
+    place = tl.arange(0, PADDED)
+    ok = row_ok[:, None] & (place < SIZE)[None, :] if PADDED != SIZE else row_ok[:, None]
+    return tl.load(row_ptr[:, None] + (START + place)[None, :], mask=ok, other=0)
+
+
+@triton.jit
+def load_centroids(
+    row_ptr,  # [N] pointers to uint8, the first code byte of each row
+    row_ok,  # [N] bool, rows that exist; the others read as code 0
+    table_ptr,  # [2**BITS] centroids, float32
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    TYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,  # of `lookup_assembly`; "" looks centroids up in memory
+):
+    """Centroids [N, J] in TYPE, channels as `joined_channels` says. Padding channels hold some centroid."""
+    if BITS == 4:
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 2)
+        if ASSEMBLY == "":
+            a = _shifted(codes, table_ptr, 0, 4, TYPE)
+            b = _shifted(codes, table_ptr, 4, 4, TYPE)
+        else:
+            a, b = tl.inline_asm_elementwise(
+                ASSEMBLY, "=&r,=&r,=&r,=&r,r", [codes], dtype=(TYPE, TYPE), is_pure=True, pack=4
+            )
+        return _joined_pair(a, b)
+    elif BITS == 2:
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 4)
+        if ASSEMBLY == "":
+            a = _shifted(codes, table_ptr, 0, 2, TYPE)
+            b = _shifted(codes, table_ptr, 2, 2, TYPE)
+            c = _shifted(codes, table_ptr, 4, 2, TYPE)
+            d = _shifted(codes, table_ptr, 6, 2, TYPE)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+                [codes],
+                dtype=(TYPE, TYPE, TYPE, TYPE),
+                is_pure=True,
+                pack=4,
+            )
+        return _joined_four(a, b, c, d)
+    elif BITS == 1:
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 8)
+        if ASSEMBLY == "":
+            a = _shifted(codes, table_ptr, 0, 1, TYPE)
+            b = _shifted(codes, table_ptr, 1, 1, TYPE)
+            c = _shifted(codes, table_ptr, 2, 1, TYPE)
+            d = _shifted(codes, table_ptr, 3, 1, TYPE)
+            e = _shifted(codes, table_ptr, 4, 1, TYPE)
+            f = _shifted(codes, table_ptr, 5, 1, TYPE)
+            g = _shifted(codes, table_ptr, 6, 1, TYPE)
+            h = _shifted(codes, table_ptr, 7, 1, TYPE)
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
+                [codes],
+                dtype=(TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE),
+                is_pure=True,
+                pack=4,
+            )
+        return _joined_eight(a, b, c, d, e, f, g, h)
+    elif BITS == 3:
+        SIZE: tl.constexpr = WIDTH // 8
+        low0 = _load_bytes(row_ptr, row_ok, 0, SIZE)
+        low1 = _load_bytes(row_ptr, row_ok, SIZE, SIZE)
+        high = _load_bytes(row_ptr, row_ok, 2 * SIZE, SIZE)
+        if ASSEMBLY == "":
+            a = _three_bits(low0, high, table_ptr, 0, 0, TYPE)
+            b = _three_bits(low0, high, table_ptr, 1, 0, TYPE)
+            c = _three_bits(low0, high, table_ptr, 2, 0, TYPE)
+            d = _three_bits(low0, high, table_ptr, 3, 0, TYPE)
+            e = _three_bits(low1, high, table_ptr, 0, 1, TYPE)
+            f = _three_bits(low1, high, table_ptr, 1, 1, TYPE)
+            g = _three_bits(low1, high, table_ptr, 2, 1, TYPE)
+            h = _three_bits(low1, high, table_ptr, 3, 1, TYPE)
+        else:
+            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+                [low0, low1, high],
+                dtype=(TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE),
+                is_pure=True,
+                pack=4,
+            )
+        return _joined_eight(a, b, c, d, e, f, g, h)
+    else:  # 5 and 6 bits: every channel loads its bytes by itself
+        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
+        channel = tl.arange(0, PADDED)
+        ok = row_ok[:, None] & (channel < WIDTH)[None, :]
+        HALF: tl.constexpr = WIDTH // 2
+        HIGH: tl.constexpr = WIDTH * (BITS - 4) // 8
+        low_ptr = row_ptr[:, None] + (channel % HALF)[None, :]
+        low = tl.load(low_ptr, mask=ok, other=0).to(tl.int32) >> (channel // HALF * 4)[None, :]
+        high_ptr = row_ptr[:, None] + (HALF + channel % HIGH)[None, :]
+        high = tl.load(high_ptr, mask=ok, other=0).to(tl.int32) >> (channel // HIGH * (BITS - 4))[None, :]
+        index = (low & 15) | ((high & ((1 << (BITS - 4)) - 1)) << 4)
+        return tl.load(table_ptr + index).to(TYPE)
+
+
+@triton.jit
+def _three_bits(low, high, table_ptr, A: tl.constexpr, B: tl.constexpr, TYPE: tl.constexpr):
+    index = ((low >> (2 * A)) & 3) | (((high >> (2 * A + B)) & 1) << 2)
+    return tl.load(table_ptr + index.to(tl.int32)).to(TYPE)
+
+
+@triton.jit
+def load_scales(scale_ptr, ok, level_ptr, LEVELS: tl.constexpr):
+    """Scales in float32, 0 where not ok: levels through their table `level_ptr` [256], or 16 bit numbers."""
+    stored = tl.load(scale_ptr, mask=ok, other=0)
+    if LEVELS:
+        return tl.load(level_ptr + stored.to(tl.int32), mask=ok, other=0.0)
+    return stored.to(tl.float32)
