@@ -4,15 +4,37 @@ Chosen ahead of time, so that neither an import nor a first call waits for a sea
 listed gets the parameters of the nearest older one. benchmarks/benchmark.py --sweep prints better ones.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 # kernel -> compute capability -> parameters; (0, 0) serves everything else, the interpreter too.
 PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {}
+_assumed_capability: list[tuple[int, int]] = []
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """CUDA compute capability of a device, (0, 0) for every other kind of device."""
+    if _assumed_capability:
+        return _assumed_capability[-1]
+    if device.type != "cuda" or torch.version.hip:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+@contextmanager
+def assume_capability(assumed: tuple[int, int]) -> Iterator[None]:
+    """Within the block, every device counts as one of this capability: to compile for one that is absent."""
+    _assumed_capability.append(assumed)
+    try:
+        yield
+    finally:
+        _assumed_capability.pop()
 
 
 def launch_parameters(kernel: str, device: torch.device, **changes: int) -> dict[str, int]:
     """Block sizes, num_warps and num_stages of a kernel on a device, as keyword arguments of its launch."""
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     table = PARAMETERS[kernel]
-    nearest = max(known for known in table if known <= capability)
+    nearest = max(known for known in table if known <= capability(device))
     return {**table[nearest], **changes}
