@@ -145,16 +145,62 @@ def test_a_report_that_is_not_what_is_held_is_refused(model, rows):
         cache_quality.measure_bits(model, system, states, SHORT)
 
 
-def test_length_compares_both_ends_and_one_prefill(model, rows):
-    protocol = Protocol(prefill=12, decoded=32, block=8)
-    same = cache_quality.measure_length(model, dense_system(), rows, protocol, edge=8)
-    assert same.first.mean == pytest.approx(0, abs=1e-9) and same.last.mean == pytest.approx(0, abs=1e-9)
-    lossy = cache_quality.measure_length(model, rounded(0.5), rows, protocol, edge=8)
-    # Rounding does not depend on how tokens arrive, except that later layers see what decoding made.
-    assert lossy.first.mean > 1e-4 and lossy.last.mean > 1e-4
-    assert abs(lossy.growth.mean - (lossy.last.mean - lossy.last_in_one_piece.mean)) < 1e-12
-    with pytest.raises(ValueError, match="multiple of 8"):
-        cache_quality.measure_length(model, dense_system(), rows, protocol, edge=9)
+LONG = Protocol(prefill=12, decoded=32, block=8)
+
+
+def test_length_has_no_divergence_without_loss(model, rows):
+    [same] = cache_quality.measure_length(model, [dense_system()], rows, LONG, edge=8)
+    for part in (same.first, same.last, same.last_after_short, same.last_in_one_piece):
+        assert part.kl.mean == pytest.approx(0, abs=1e-9)
+
+
+def test_length_controls_take_the_same_last_tokens(model, rows):
+    """Each edge against a divergence made here from its definition, the dense model by one forward."""
+    rows = [ids[: LONG.length] for ids in rows]
+    _, found = cache_quality.measure_length(model, [dense_system(), rounded(0.5)], rows, LONG, edge=8)
+    for number, ids in enumerate(rows):
+        for part, given, prefill, start in (
+            (found.first, ids[:21], 12, 12),
+            (found.last, ids, 12, 36),
+            (found.last_after_short, ids[24:], 12, 12),
+            (found.last_in_one_piece, ids, 36, 36),
+        ):
+            cache = rounded(0.5).make(model.config)
+            ours = torch.cat(list(cache_protocol.teacher_force(model, cache, given, prefill, 8)))[-8:]
+            with torch.inference_mode():
+                dense = model(torch.tensor([given])).logits[0, start:-1]
+            kl = torch.nn.functional.kl_div(ours.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
+            assert part.kl_by_text[number] == pytest.approx(float(kl.mean()), rel=1e-2, abs=1e-6)
+            nll = torch.nn.functional.cross_entropy(dense, torch.tensor(given[start + 1 :]))
+            assert part.dense_nll_by_text[number] == pytest.approx(float(nll), rel=1e-4)
+    assert found.last.kl.mean > 1e-4
+    for difference, part in (
+        (found.over_first, found.first),
+        (found.over_short, found.last_after_short),
+        (found.over_one_piece, found.last_in_one_piece),
+    ):
+        assert difference.mean == pytest.approx(found.last.kl.mean - part.kl.mean, abs=1e-12)
+
+
+def test_length_finds_a_cache_that_decays(model, rows):
+    """Rounded only once it holds more than both short contexts: all of its KL is the length's."""
+
+    class Decaying(RoundedCache):
+        def update(self, keys, values, layer, *args, **kwargs):
+            self.step = 0.5 if self.get_seq_length(layer) + keys.shape[2] > 12 + 8 else 0
+            return super().update(keys, values, layer, *args, **kwargs)
+
+    decaying = CacheSystem("decaying", lambda config: Decaying(config, 0))
+    [found] = cache_quality.measure_length(model, [decaying], rows, LONG, edge=8)
+    assert found.first.kl.mean == pytest.approx(0, abs=1e-9)
+    assert found.last_after_short.kl.mean == pytest.approx(0, abs=1e-9)
+    assert found.over_short.low > 1e-4 and found.over_first.low > 1e-4
+
+
+def test_length_needs_edges_of_whole_blocks(model, rows):
+    for protocol, edge in ((LONG, 9), (LONG, 24), (Protocol(12, 33, 8), 8)):
+        with pytest.raises(ValueError, match="multiples of 8"):
+            cache_quality.measure_length(model, [dense_system()], rows, protocol, edge)
 
 
 def test_held_bytes_counts_every_storage_once():

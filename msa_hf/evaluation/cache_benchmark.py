@@ -161,7 +161,7 @@ class _Run:
     def length(self) -> list[LengthQuality]:
         protocol = self.task.length_protocol
         rows = tokenize(self.tokenizer, long_texts()[: self.task.long_texts], protocol.length)
-        return [measure_length(self.model, system, rows, protocol) for system in self.systems]
+        return measure_length(self.model, self.systems, rows, protocol)
 
     def needle(self) -> list[NeedleScore]:
         texts = long_texts()[: self.task.needle_texts]

@@ -112,15 +112,24 @@ def _comparisons(report: CacheEvaluation) -> list[str]:
 def _length(report: CacheEvaluation) -> list[str]:
     if not report.length:
         return []
-    tokens, edge = report.length[0].tokens, report.length[0].edge
+    tokens, edge, short = report.length[0].tokens, report.length[0].edge, report.length[0].short
+    texts = len(report.length[0].first.kl_by_text)
     lines = [
-        f"Quality over length: KL of the first and last {edge} of {tokens:,} decoded tokens, the last after "
-        "one prefill, and what decoding added to it",
-        f"{'':12} {'first':>22} {'last':>22} {'last, one prefill':>22} {'added':>22}",
+        f"Quality over length, {texts} texts: the first and last {edge} of {tokens:,} decoded tokens, the "
+        f"same last ones after {short:,} tokens alone and after one prefill (differences paired over texts)",
+        f"{'':12} {'':18} {'KL to dense (nats)':>27} {'last - this':>30} {'dense NLL':>21}",
     ]
     for row in report.length:
-        cells = (row.first, row.last, row.last_in_one_piece, row.growth)
-        lines.append(f"{row.name:12} " + " ".join(f"{_fine(cell):>22}" for cell in cells))
+        for title, part, difference in (
+            ("last", row.last, None),
+            ("first", row.first, row.over_first),
+            ("last, short", row.last_after_short, row.over_short),
+            ("last, one prefill", row.last_in_one_piece, row.over_one_piece),
+        ):
+            against = _signed(difference, 5) if difference else ""
+            lines.append(
+                f"{row.name:12} {title:18} {_fine(part.kl):>27} {against:>30} {str(part.dense_nll):>21}"
+            )
     return lines
 
 
@@ -205,11 +214,12 @@ def _missing(report: CacheEvaluation) -> list[str]:
 
 
 def _fine(estimate: Estimate) -> str:
-    return f"{estimate.mean:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+    return f"{estimate.mean:.5f} [{estimate.low:.5f}, {estimate.high:.5f}]"
 
 
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.4f} [{estimate.low:+.4f}, {estimate.high:+.4f}]"
+def _signed(estimate: Estimate, digits: int = 4) -> str:
+    mean, low, high = (f"{value:+.{digits}f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _megabytes(size: int) -> str:
