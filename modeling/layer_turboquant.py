@@ -77,7 +77,8 @@ class PackedHeads:
 
     def view(self) -> HeadCodes:
         packed = PackedVectors(self.codes.view(), self.scales.view(), self.coding.quantizer)
-        return HeadCodes(packed, self.coding.transform, self.heads, self.order, self.gain)
+        numbers = None if self.heads is None else self.coding.heads
+        return HeadCodes(packed, self.coding.transform, self.heads, self.order, self.gain, numbers)
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Applies `change`, which acts on the batch or the device, to everything stored."""

@@ -24,6 +24,7 @@ class HeadCodes:
         heads: their indices [h] in the layer, None for all heads.
         order: [B, h, D], the channels in the order in which they were coded; None if as they came.
         gain: [B, h, 1, 1], a power of 2 by which the vectors were divided; None for 1.
+        head_numbers: `heads` as numbers, None for all heads.
     """
 
     packed: PackedVectors
@@ -31,6 +32,7 @@ class HeadCodes:
     heads: torch.Tensor | None = None
     order: torch.Tensor | None = None
     gain: torch.Tensor | None = None
+    head_numbers: tuple[int, ...] | None = None
 
     def select(self, states: torch.Tensor) -> torch.Tensor:
         """The rows [B, h, ...] of these heads of states [B, G, ...]."""

@@ -44,6 +44,35 @@ def channel_table(width: int, bits: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(joined_channels(width, bits), dtype=torch.int32, device=device)
 
 
+@cache
+def centroid_table(centroids: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A codebook as float32 [2**bits] on a device."""
+    return torch.tensor(centroids, dtype=torch.float32, device=device)
+
+
+def check_packed(name, codes, scales, centroids, dim: int, device: torch.device) -> None:
+    """Raises ValueError unless codes [..., n, N] and scales [..., n, 1] can be read by `load_centroids`."""
+    bits = len(centroids).bit_length() - 1
+    if bits not in PLANES or len(centroids) != 2**bits:
+        raise ValueError(f"{name} must have 2 to 64 centroids, a power of 2; got {len(centroids)}")
+    if dim % 8:
+        raise ValueError(f"{name} must have a multiple of 8 channels; got {dim}")
+    if codes.dtype != torch.uint8 or codes.shape[-1] != code_bytes(dim, bits):
+        raise ValueError(
+            f"{name} must be uint8 with {code_bytes(dim, bits)} bytes for {dim} channels of {bits} bits; got "
+            f"{codes.dtype} with {codes.shape[-1]}"
+        )
+    if codes.stride()[-2:] != (codes.shape[-1], 1) or scales.shape != (*codes.shape[:-1], 1):
+        raise ValueError(
+            f"{name} must lie token after token, with one scale each; got strides {codes.stride()} and "
+            f"scales {tuple(scales.shape)}"
+        )
+    if scales.stride(-2) != 1:
+        raise ValueError(f"the scales of {name} must lie side by side; got strides {scales.stride()}")
+    if codes.device != device or scales.device != device:
+        raise ValueError(f"{name} must be on {device}; got {codes.device} and {scales.device}")
+
+
 @triton.jit
 def _shifted(codes, table_ptr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, TYPE: tl.constexpr):
     index = (codes >> SHIFT) & ((1 << WIDTH) - 1)

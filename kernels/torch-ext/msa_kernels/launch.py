@@ -10,7 +10,17 @@ from contextlib import contextmanager
 import torch
 
 # kernel -> compute capability -> parameters; (0, 0) serves everything else, the interpreter too.
-PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {}
+PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
+    "decode_attention": {(0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2}},
+    "prefill_attention": {(0, 0): {"ROWS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2}},
+    "combine_splits": {(0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}},
+    "prepare_questions": {
+        (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
+        (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
+    },
+    "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
+    "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
+}
 _assumed_capability: list[tuple[int, int]] = []
 
 
@@ -38,3 +48,10 @@ def launch_parameters(kernel: str, device: torch.device, **changes: int) -> dict
     table = PARAMETERS[kernel]
     nearest = max(known for known in table if known <= capability(device))
     return {**table[nearest], **changes}
+
+
+def processors(device: torch.device) -> int:
+    """How many programs a device runs side by side at least: its multiprocessors."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

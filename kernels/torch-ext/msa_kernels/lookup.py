@@ -10,6 +10,16 @@ import struct
 from collections.abc import Sequence
 from functools import cache
 
+import torch
+
+from .launch import capability
+from .registration import interpreted
+
+
+def assembly_for(centroids: tuple[float, ...], device: torch.device) -> str:
+    """`lookup_assembly` where it can run: on NVIDIA devices from Ampere on, not in the interpreter."""
+    return "" if interpreted() or capability(device) < (8, 0) else lookup_assembly(centroids)
+
 
 @cache
 def lookup_assembly(centroids: Sequence[float]) -> str:

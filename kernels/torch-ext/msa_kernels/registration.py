@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 import triton
+import triton.language as tl
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 # Copies of this package (installed, loaded from the Hub, beside remote code) may live in one process; each
 # registers its operators under the name that it was imported by.
