@@ -1,0 +1,287 @@
+"""Routing scores: the best question token of every question for every chunk, then the best chunk of every document.
+
+Queries are summed over heads before (the mean over heads is linear), so a chunk costs one product of length W per
+question token. No tensor has both chunks and question tokens. Axis letters: B questions, T question tokens,
+G key/value heads, D head dim, W = G * D, C chunks, N documents, J = next power of 2 of D, R rows of a question tile.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .codes import channel_table, load_centroids, load_scales
+from .launch import launch_parameters
+from .lookup import lookup_assembly
+from .registration import interpreted, operator
+
+DENSE_STEP = 64  # channels of a dense key in one product
+MOST_QUESTION_ROWS = 128
+
+
+@triton.jit
+def prepare_questions_kernel(
+    folded_ptr,  # [B, T, W]
+    mask_ptr,  # [B, T] uint8
+    channel_ptr,  # [J], not read for dense keys
+    prepared_ptr,  # [question tiles, token tiles, R, PADDED]
+    affine_ptr,  # [2, rows of prepared]: what a product is multiplied with, and what is added
+    question_stride,
+    token_stride,
+    questions,
+    tokens,
+    rows,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    JOINED: tl.constexpr,
+    PADDED: tl.constexpr,
+    QUESTIONS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Question tokens in the order of the tiles that routing reads, divided by their largest number."""
+    SPAN: tl.constexpr = triton.next_power_of_2(PADDED)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = row // (QUESTIONS * TOKENS)
+    question = tile // TOKEN_TILES * QUESTIONS + row // TOKENS % QUESTIONS
+    token = tile % TOKEN_TILES * TOKENS + row % TOKENS
+    real = (question < questions) & (token < tokens)
+    place = tl.arange(0, SPAN)
+    if JOINED > 0:
+        channel = tl.load(channel_ptr + place % JOINED)
+        ok = (place < PADDED) & (channel >= 0)
+        source = place // JOINED * HEAD_DIM + channel
+    else:
+        ok = place < WIDTH
+        source = place
+    start = folded_ptr + question.to(tl.int64) * question_stride + token.to(tl.int64) * token_stride
+    states = tl.load(start[:, None] + source[None, :], mask=real[:, None] & ok[None, :], other=0.0)
+    states = states.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(states), axis=1), 1e-30)
+    asks = tl.load(mask_ptr + question * tokens + token, mask=real, other=0) != 0
+    target = prepared_ptr + row[:, None] * PADDED + place[None, :]
+    tl.store(target, states / largest[:, None], mask=(row < rows)[:, None] & (place < PADDED)[None, :])
+    tl.store(affine_ptr + row, largest, mask=row < rows)
+    tl.store(affine_ptr + rows + row, tl.where(asks, 0.0, -float("inf")), mask=row < rows)
+
+
+@triton.jit
+def _best_tokens(
+    products, affine_ptr, row, rows, QUESTIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """[BLOCK, R] products of chunks with question tokens -> [BLOCK, QUESTIONS], the best token of each question."""
+    scores = products * tl.load(affine_ptr + row)[None, :] + tl.load(affine_ptr + rows + row)[None, :]
+    return tl.max(tl.reshape(scores, (BLOCK, QUESTIONS, TOKENS)), axis=2)
+
+
+@triton.jit
+def _store_scores(out_ptr, best, chunk, chunks, questions, QUESTIONS: tl.constexpr):
+    question = tl.program_id(1) * QUESTIONS + tl.arange(0, QUESTIONS)
+    target = out_ptr + question[None, :].to(tl.int64) * chunks + chunk[:, None]
+    tl.store(target, best, mask=(question < questions)[None, :] & (chunk < chunks)[:, None])
+
+
+@triton.jit
+def route_dense_kernel(
+    prepared_ptr,  # [question tiles, TOKEN_TILES, R, PADDED]
+    affine_ptr,  # [2, rows]
+    keys_ptr,  # [C, W]
+    out_ptr,  # [B, C] float32
+    questions,
+    chunks,
+    rows,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    STEP: tl.constexpr,
+    QUESTIONS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    R: tl.constexpr = QUESTIONS * TOKENS
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key_start = keys_ptr + chunk * WIDTH
+    inside = chunk < chunks
+    place = tl.arange(0, STEP)
+    best = tl.full((BLOCK, QUESTIONS), -float("inf"), tl.float32)
+    for tile in range(TOKEN_TILES):
+        row = (tl.program_id(1) * TOKEN_TILES + tile) * R + tl.arange(0, R)
+        products = tl.zeros((BLOCK, R), tl.float32)
+        for start in range(0, PADDED, STEP):
+            ok = inside[:, None] & (start + place < WIDTH)[None, :] if PADDED != WIDTH else inside[:, None]
+            keys = tl.load(key_start[:, None] + (start + place)[None, :], mask=ok, other=0.0).to(DOT_TYPE)
+            asked = tl.load(prepared_ptr + row[None, :] * PADDED + (start + place)[:, None])
+            products = tl.dot(keys, asked, products, input_precision=PRECISION)
+        best = tl.maximum(best, _best_tokens(products, affine_ptr, row, rows, QUESTIONS, TOKENS, BLOCK))
+    _store_scores(out_ptr, best, chunk, chunks, questions, QUESTIONS)
+
+
+@triton.jit
+def route_packed_kernel(
+    prepared_ptr,  # [question tiles, TOKEN_TILES, R, G * J]
+    affine_ptr,  # [2, rows]
+    codes_ptr,  # [C, G, N] uint8
+    scales_ptr,  # [C, G]
+    table_ptr,  # [2**BITS]
+    level_ptr,  # [256], not read unless LEVELS
+    out_ptr,  # [B, C] float32
+    questions,
+    chunks,
+    rows,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    QUESTIONS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKEN_TILES: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    R: tl.constexpr = QUESTIONS * TOKENS
+    JOINED: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
+    BYTES: tl.constexpr = HEAD_DIM * BITS // 8
+    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = chunk < chunks
+    place = tl.arange(0, JOINED)
+    best = tl.full((BLOCK, QUESTIONS), -float("inf"), tl.float32)
+    for tile in range(TOKEN_TILES):
+        row = (tl.program_id(1) * TOKEN_TILES + tile) * R + tl.arange(0, R)
+        products = tl.zeros((BLOCK, R), tl.float32)
+        for head in range(HEADS):
+            vector = chunk * HEADS + head
+            keys = load_centroids(
+                codes_ptr + vector * BYTES, inside, table_ptr, HEAD_DIM, BITS, DOT_TYPE, ASSEMBLY
+            )
+            asked = tl.load(prepared_ptr + (row * (HEADS * JOINED) + head * JOINED)[None, :] + place[:, None])
+            scale = load_scales(scales_ptr + vector, inside, level_ptr, LEVELS)
+            products += tl.dot(keys, asked, input_precision="ieee") * scale[:, None]
+        best = tl.maximum(best, _best_tokens(products, affine_ptr, row, rows, QUESTIONS, TOKENS, BLOCK))
+    _store_scores(out_ptr, best, chunk, chunks, questions, QUESTIONS)
+
+
+def question_tile(questions: int, tokens: int) -> tuple[int, int]:
+    """(questions, tokens) of a tile, powers of 2 with a product of 16 to MOST_QUESTION_ROWS.
+
+    Chunks are read once per tile, so a tile holds as many questions as fit.
+    """
+    token_rows = min(triton.next_power_of_2(tokens), MOST_QUESTION_ROWS)
+    question_rows = min(triton.next_power_of_2(questions), MOST_QUESTION_ROWS // token_rows)
+    return question_rows, max(token_rows, 16 // question_rows)
+
+
+@cache
+def _route_table(centroids: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(centroids, dtype=torch.float32, device=device)
+
+
+def _empty_scores(folded, question_mask, keys, scales=None, centroids=None, levels=None):
+    return folded.new_empty(folded.shape[0], keys.shape[0], dtype=torch.float32)
+
+
+@operator(fake=_empty_scores)
+def route_scores(
+    folded: torch.Tensor,
+    question_mask: torch.Tensor,
+    keys: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    centroids: Sequence[float] | None = None,
+    levels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Chunk scores [B, C] float32: the largest <folded[b, t], key[c]> over the tokens of question b.
+
+    Args:
+        folded: [B, T, W] queries summed over the heads of a group; for packed keys in the rotated basis, gains
+            applied.
+        question_mask: [B, T] bool. A question without any token scores -inf.
+        keys: contiguous [C, W] in bfloat16, float16 or float32 (queries are rounded to the same type), or codes
+            uint8 [C, G, N] with `scales` [C, G, 1], `centroids` (2 to 16 numbers, ascending and symmetric) and,
+            if the scales are uint8, the meaning of their `levels` [256] float32.
+
+    Raises:
+        ValueError: for packed keys of another layout.
+    """
+    out = torch.empty(folded.shape[0], keys.shape[0], dtype=torch.float32, device=folded.device)
+    if not keys.is_contiguous():
+        raise ValueError(f"router keys must be contiguous; got strides {keys.stride()}")
+    if out.numel() and keys.dtype == torch.uint8:
+        _route_packed(out, folded, question_mask, keys, scales, tuple(centroids or ()), levels)
+    elif out.numel():
+        _route_dense(out, folded, question_mask, keys)
+    return out
+
+
+def _route_dense(out, folded, question_mask, keys):
+    chunks, width = keys.shape
+    kind = torch.float32 if interpreted() else keys.dtype
+    padded = triton.cdiv(width, DENSE_STEP) * DENSE_STEP
+    prepared, affine, tile = _prepare_questions(folded, question_mask, None, 0, padded, kind)
+    settings = launch_parameters("route_dense", folded.device)
+    if keys.dtype == torch.float32:
+        settings["BLOCK"] //= 2
+    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
+    route_dense_kernel[grid](
+        prepared, affine, keys, out, folded.shape[0], chunks, affine.shape[1],
+        WIDTH=width, PADDED=padded, STEP=DENSE_STEP, QUESTIONS=tile[0], TOKENS=tile[1],
+        TOKEN_TILES=prepared.shape[1], DOT_TYPE=types[kind],
+        PRECISION="ieee" if interpreted() or kind != torch.float32 else "tf32x3",
+        **settings,
+    )  # fmt: skip
+
+
+def _route_packed(out, folded, question_mask, codes, scales, centroids, levels):
+    (chunks, heads, size), dim = codes.shape, folded.shape[2] // codes.shape[1]
+    bits = len(centroids).bit_length() - 1
+    if dim % 8 or not 1 <= bits <= 4 or len(centroids) != 2**bits or size != dim * bits // 8:
+        raise ValueError(
+            f"packed router keys have one part of 1 to 4 bits and a head dim divisible by 8; got {len(centroids)} "
+            f"centroids, head dim {dim} and {size} bytes"
+        )
+    if scales is None or scales.shape != (chunks, heads, 1) or not scales.is_contiguous():
+        raise ValueError(f"scales must be contiguous [{chunks}, {heads}, 1]")
+    device, interpreting, joined = folded.device, interpreted(), triton.next_power_of_2(dim)
+    prepared, affine, tile = _prepare_questions(
+        folded, question_mask, channel_table(dim, bits, device), dim, heads * joined,
+        torch.float32 if interpreting else torch.float16,
+    )  # fmt: skip
+    settings = launch_parameters("route_packed", device)
+    settings["BLOCK"] //= max(1, joined // 128, tile[0] * tile[1] // 64)
+    grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
+    route_packed_kernel[grid](
+        prepared, affine, codes, scales, _route_table(centroids, device),
+        affine if levels is None else levels, out, folded.shape[0], chunks, affine.shape[1],
+        HEADS=heads, HEAD_DIM=dim, BITS=bits, LEVELS=scales.dtype == torch.uint8,
+        ASSEMBLY="" if interpreting else lookup_assembly(centroids),
+        QUESTIONS=tile[0], TOKENS=tile[1], TOKEN_TILES=prepared.shape[1],
+        DOT_TYPE=tl.float32 if interpreting else tl.float16,
+        **settings,
+    )  # fmt: skip
+
+
+def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, dtype: torch.dtype):
+    """What `prepare_questions_kernel` writes ([question tiles, token tiles, R, padded], [2, rows]), and the
+    `question_tile`."""
+    questions, tokens, width = folded.shape
+    if folded.stride(2) != 1:
+        folded = folded.contiguous()
+    tile = question_tile(questions, tokens)
+    shape = (triton.cdiv(questions, tile[0]), triton.cdiv(tokens, tile[1]), tile[0] * tile[1], padded)
+    prepared = torch.empty(shape, dtype=dtype, device=folded.device)
+    rows = prepared.numel() // padded
+    affine = torch.empty(2, rows, dtype=torch.float32, device=folded.device)
+    settings = launch_parameters("prepare_questions", folded.device)
+    prepare_questions_kernel[(triton.cdiv(rows, settings["BLOCK"]),)](
+        folded, question_mask.contiguous().view(torch.uint8), affine if channels is None else channels,
+        prepared, affine, folded.stride(0), folded.stride(1), questions, tokens, rows,
+        WIDTH=width, HEAD_DIM=dim, JOINED=0 if channels is None else len(channels), PADDED=padded,
+        QUESTIONS=tile[0], TOKENS=tile[1], TOKEN_TILES=shape[1],
+        **settings,
+    )  # fmt: skip
+    return prepared, affine, tile
