@@ -38,7 +38,7 @@ class MachineCode:
     """One kernel, compiled.
 
     Args:
-        constants: values of its compile-time arguments.
+        digest: of source, target and options. constants: whole numbers among its compile-time arguments.
         registers: per thread. spills: instructions (on AMD: registers) that move registers to local memory.
         shared: bytes of shared memory. tensor_cores: instructions, by name.
         loop: instructions of the innermost loop with the most tensor-core instructions, of the longest one
@@ -47,6 +47,7 @@ class MachineCode:
 
     kernel: str
     target: str
+    digest: str
     warps: int
     stages: int
     registers: int
@@ -110,6 +111,7 @@ def _examined(compiled: Any, kernel: JITFunction, target: str) -> MachineCode:
     return MachineCode(
         kernel=kernel.__name__,
         target=target,
+        digest=compiled.hash[:16],
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         shared=metadata.shared,

@@ -1,6 +1,15 @@
 """Triton kernels of msa_hf, also installed as `msa_hf.kernels`.
 
-`available` names the kernels that this version ships. It is empty: every operation runs in plain PyTorch.
+`available` names the operators. It is empty without triton, which every one of them needs.
 """
 
-available: tuple[str, ...] = ()
+import importlib.util
+
+__all__ = []
+
+if importlib.util.find_spec("triton") is not None:
+    from .attention import decode_attention, prefill_attention
+
+    __all__ += ["decode_attention", "prefill_attention"]
+
+available: tuple[str, ...] = tuple(__all__)

@@ -1,0 +1,169 @@
+"""Compiles every kernel for GPUs that need not be there, and says what came out.
+
+    python kernels/benchmarks/compile_ahead.py > kernels/COMPILED.md
+    python kernels/benchmarks/compile_ahead.py --quick --json
+
+Ends with status 1, and the reasons on stderr, if a kernel for CUDA moves registers to local memory or an
+operator that multiplies matrices does it without tensor cores. For AMD the figures are only reported.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this checkout
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
+from operands import Attention, attention_calls  # noqa: E402
+
+from msa_hf import kernels  # noqa: E402
+from msa_hf.kernels import launch  # noqa: E402
+
+MULTIPLYING = ("decode_attention", "prefill_attention", "route_scores")
+WIDTHS = ((4, 4), (4, 3), (3, 3), (2, 2), (1, 1))
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch of an operator: `run` calls it with tensors of the right types and sizes. The quick ones
+    are what the tests compile."""
+
+    operator: str
+    label: str
+    run: Callable[[], None]
+    quick: bool = False
+
+
+@dataclass
+class Row:
+    operator: str
+    label: str
+    code: MachineCode
+
+    def failures(self) -> Iterator[str]:
+        if self.code.spills and not self.code.target.startswith("gfx"):
+            yield f"{self} spills: {self.code.spills} instructions, {self.code.registers} registers"
+
+    def __str__(self) -> str:
+        return f"{self.operator} ({self.label}), {self.code.kernel} for {self.code.target}"
+
+
+def cases() -> list[Case]:
+    """Of the operators that exist."""
+    found = [
+        _attention_case(operator, dim, bits)
+        for operator in ("decode_attention", "prefill_attention")
+        for dim in (64, 128, 256)
+        for bits in WIDTHS
+    ]
+    found += [
+        _attention_case(
+            "decode_attention", 128, (4, 4), "16 bit scales, no means", scale_bits=16, mean_group=0
+        ),
+        _attention_case("decode_attention", 96, (4, 4), "float16", dtype=torch.float16),
+    ]
+    return [case for case in found if case.operator in kernels.available]
+
+
+def _attention_case(operator: str, dim: int, bits: tuple[int, int], note: str = "", **changes) -> Case:
+    queries = 1 if operator == "decode_attention" else 128
+    shape = Attention(
+        heads=8,
+        groups=2,
+        queries=queries,
+        packed=1024,
+        dim=dim,
+        bits=(bits,),
+        recent=queries + 160,
+        **changes,
+    )
+
+    def run() -> None:
+        query, out = shape.query(CPU), torch.empty(1, queries, 8, dim, dtype=shape.dtype)
+        for arguments in attention_calls(shape.view(CPU), query, out):
+            getattr(kernels, operator)(**arguments)
+
+    label = f"D {dim}, K {bits[0]} V {bits[1]} bits" + (f", {note}" if note else "")
+    return Case(operator, label, run, quick=dim == 128 and bits == (4, 4) and not note)
+
+
+def compiled(case: Case, target: str) -> list[Row]:
+    """The kernels that a case launches on a target."""
+    with ExitStack() as stack:
+        if TARGETS[target].backend == "cuda":
+            stack.enter_context(launch.assume_capability(divmod(TARGETS[target].arch, 10)))
+        found = stack.enter_context(compiling(target))
+        case.run()
+    return [Row(case.operator, case.label, code) for code in found]
+
+
+def failures(rows: list[Row]) -> list[str]:
+    """Why the rows cannot be shipped."""
+    found = [reason for row in rows for reason in row.failures()]
+    calls: dict[tuple[str, str, str], bool] = {}
+    for row in rows:
+        if row.operator in MULTIPLYING:
+            call = (row.operator, row.label, row.code.target)
+            calls[call] = calls.get(call, False) or bool(row.code.tensor_cores)
+    return found + [f"{' '.join(call)} uses no tensor cores" for call, used in calls.items() if not used]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, each distinct kernel once."""
+    lines = [
+        "# Compiled kernels",
+        "",
+        f"What Triton {triton.__version__} makes of the kernels at the shipped launch parameters, each "
+        "distinct kernel once: `python kernels/benchmarks/compile_ahead.py > kernels/COMPILED.md`. Nothing "
+        "here was run. Spills are instructions (AMD: registers) that move registers to local memory; "
+        "instructions are those of the kernel, and of its innermost loop with most tensor-core instructions.",
+        "",
+        "| operator | case | kernel | target | warps, stages | registers | spills | shared bytes "
+        "| tensor cores | instructions, loop |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    seen = set()
+    for row in rows:
+        code = row.code
+        if code.digest in seen:
+            continue
+        seen.add(code.digest)
+        used = ", ".join(f"{count} {name}" for name, count in code.tensor_cores.items()) or "-"
+        lines.append(
+            f"| {row.operator} | {row.label} | {code.kernel} | {code.target} | {code.warps}, {code.stages} "
+            f"| {code.registers} | {code.spills} | {code.shared:,} | {used} "
+            f"| {code.instructions:,}, {code.loop:,} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one case of each operator, as in the tests")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--operator", help="only this one")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args()
+    rows = [
+        row
+        for target in options.targets
+        for case in cases()
+        if case.quick or not options.quick
+        if options.operator in (None, case.operator)
+        for row in compiled(case, target)
+    ]
+    print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
+    reasons = failures(rows)
+    print("\n".join(reasons), file=sys.stderr)
+    return 1 if reasons else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What the operators are compiled, verified and timed with: random packed layers and their arguments.
+
+Axis letters: B batch, H query heads, G key/value heads, Q query tokens, P packed tokens, L recent tokens,
+D head dim.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msa_hf.modeling.codebooks import codebook
+from msa_hf.modeling.packed_states import ExactTokens, HeadCodes, LayerView
+from msa_hf.modeling.turboquant import PackedVectors, Transform, VectorQuantizer, scale_table
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of attention.
+
+    Args:
+        bits: (key bits, value bits) of all heads, or of each.
+        packed: P. recent: L, the query tokens included. mean_group: 0 for keys without means.
+    """
+
+    batch: int = 1
+    heads: int = 32
+    groups: int = 8
+    queries: int = 1
+    packed: int = 1024
+    dim: int = 128
+    bits: tuple[tuple[int, int], ...] = ((4, 4),)
+    recent: int = 160
+    exact: int = 8
+    mean_group: int = 256
+    scale_bits: int = 8
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def head_bits(self) -> tuple[tuple[int, int], ...]:
+        return self.bits * self.groups if len(self.bits) == 1 else self.bits
+
+    @property
+    def average_bits(self) -> float:
+        return sum(map(sum, self.head_bits)) / (2 * self.groups)
+
+    @property
+    def product_flops(self) -> int:
+        """Multiplications and additions of scores and sums."""
+        return 4 * self.batch * self.heads * self.queries * (self.packed + self.recent) * self.dim
+
+    def view(self, device: torch.device, seed: int = 0) -> LayerView:
+        """A layer whose codes, scales and dense tokens are random."""
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
+
+        shape = (self.batch, self.groups)
+        means = None
+        if self.mean_group:
+            means = normal(*shape, -(-self.packed // self.mean_group), self.dim).bfloat16()
+        exact = None
+        if self.exact:
+            places = torch.arange(self.exact, dtype=torch.int32, device=device) * (self.packed // self.exact)
+            exact = ExactTokens(
+                normal(*shape, self.exact, self.dim).to(self.dtype),
+                normal(*shape, self.exact, self.dim).to(self.dtype),
+                places.expand(*shape, -1).contiguous(),
+                torch.zeros(*shape, self.exact, device=device),
+            )
+        key_bits, value_bits = zip(*self.head_bits)
+        return LayerView(
+            key_codes=tuple(self._parts(key_bits, generator)),
+            value_codes=tuple(self._parts(value_bits, generator)),
+            means=means,
+            mean_group=self.mean_group,
+            exact=exact,
+            keys=normal(*shape, self.recent, self.dim).to(self.dtype),
+            values=normal(*shape, self.recent, self.dim).to(self.dtype),
+            packed_length=self.packed,
+        )
+
+    def query(self, device: torch.device, seed: int = 0) -> torch.Tensor:
+        """[B, H, Q, D]."""
+        generator = torch.Generator(device).manual_seed(1000 + seed)
+        shape = (self.batch, self.heads, self.queries, self.dim)
+        return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
+
+    def _parts(self, bits: tuple[int, ...], generator: torch.Generator) -> Iterator[HeadCodes]:
+        """The heads of each width, packed at random."""
+        device = generator.device
+        for width in sorted(set(bits)):
+            heads = [head for head, own in enumerate(bits) if own == width]
+            index = None if len(heads) == self.groups else torch.tensor(heads, device=device)
+            yield self._codes(width, len(heads), index, generator)
+
+    def _codes(self, width: int, heads: int, index: torch.Tensor | None, generator) -> HeadCodes:
+        device, shape = generator.device, (self.batch, heads, self.packed)
+        quantizer = VectorQuantizer(((self.dim, width),), scale_bits=self.scale_bits)
+        codes = torch.randint(
+            256, (*shape, quantizer.code_bytes), dtype=torch.uint8, generator=generator, device=device
+        )
+        gain = None
+        if self.scale_bits == 8:  # levels of scales from 0.7 to 1.4
+            scales = torch.randint(
+                112, 145, (*shape, 1), dtype=torch.uint8, generator=generator, device=device
+            )
+            gain = torch.ones(self.batch, heads, 1, 1, device=device)
+        else:
+            scales = (0.7 + 0.7 * torch.rand(*shape, 1, generator=generator, device=device)).bfloat16()
+        transform = Transform.rotation("hadamard", (self.dim,))
+        return HeadCodes(PackedVectors(codes, scales, quantizer), transform, index, None, gain)
+
+
+def attention_calls(view: LayerView, query: torch.Tensor, out: torch.Tensor) -> list[dict[str, Any]]:
+    """Arguments of the calls of `decode_attention` that write `out` [B, Q, H, D], one per pair of widths."""
+    groups, device = view.keys.shape[1], query.device
+    calls = []
+    for keys in view.key_codes:
+        for values in view.value_codes:
+            key_heads, value_heads = (_places(part, groups) for part in (keys, values))
+            shared = [[head, key_heads[head], value_heads[head]] for head in key_heads if head in value_heads]
+            if shared:
+                heads = torch.tensor(shared, dtype=torch.int32, device=device)
+                calls.append(_attention_arguments(view, keys, values, heads, query, out))
+    return calls
+
+
+def _places(part: HeadCodes, groups: int) -> dict[int, int]:
+    heads = range(groups) if part.heads is None else part.heads.tolist()
+    return {head: place for place, head in enumerate(heads)}
+
+
+def _attention_arguments(view, keys, values, heads, query, out) -> dict[str, Any]:
+    arguments = {"out": out, "query": query, "heads": heads}
+    for name, part in (("key", keys), ("value", values)):
+        [(width, bits)] = part.packed.quantizer.parts
+        arguments |= {
+            f"{name}_codes": part.packed.codes,
+            f"{name}_scales": part.packed.scales,
+            f"{name}_centroids": codebook(width, bits).tolist(),
+            f"{name}_decode": part.transform.to(query.device).decode,
+            f"{name}_gain": None if part.gain is None else part.gain[..., 0, 0],
+        }
+    exact = view.exact
+    return arguments | {
+        "levels": scale_table().float().to(query.device),
+        "means": view.means,
+        "mean_group": view.mean_group,
+        "exact_keys": None if exact is None else exact.keys,
+        "exact_values": None if exact is None else exact.values,
+        "exact_positions": None if exact is None else exact.positions,
+        "recent_keys": view.keys,
+        "recent_values": view.values,
+        "mask": None,
+        "scaling": query.shape[-1] ** -0.5,
+        "softcap": 0.0,
+        "window": 0,
+    }
+
+
+def packed_bytes(view: LayerView) -> int:
+    """Bytes that attention reads of the packed tokens: codes and scales."""
+    return sum(part.packed.nbytes for part in (*view.key_codes, *view.value_codes))
