@@ -1,8 +1,9 @@
-"""Routing scores: the best question token of every question for every chunk, then the best chunk of every document.
+"""Routing scores: for every chunk the best token of each question, on dense or packed router keys.
 
-Queries are summed over heads before (the mean over heads is linear), so a chunk costs one product of length W per
-question token. No tensor has both chunks and question tokens. Axis letters: B questions, T question tokens,
-G key/value heads, D head dim, W = G * D, C chunks, N documents, J = next power of 2 of D, R rows of a question tile.
+Queries are summed over heads before (the mean over heads is linear), so a chunk costs one product of length W
+per question token. No tensor has both chunks and question tokens. Axis letters: B questions, T question
+tokens, G key/value heads, D head dim, W = G * D, C chunks, N bytes of a vector's codes, J = next power of 2
+of D, R rows of a tile of question tokens.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .codes import channel_table, load_centroids, load_scales
+from .codes import centroid_table, check_packed, joined_channels, load_centroids, load_scales
 from .launch import launch_parameters
-from .lookup import lookup_assembly
-from .registration import interpreted, operator
+from .lookup import assembly_for, byte_tables
+from .registration import TRITON_TYPES, interpreted, operator
 
 DENSE_STEP = 64  # channels of a dense key in one product
 MOST_QUESTION_ROWS = 128
@@ -69,10 +70,17 @@ def prepare_questions_kernel(
 
 
 @triton.jit
+def _in_quads(keys, BLOCK: tl.constexpr, JOINED: tl.constexpr):
+    """Permutes the channels of centroids [BLOCK, J] as `quad_channels` says."""
+    parts = tl.reshape(keys, (BLOCK, 4, JOINED // 8, 2))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (BLOCK, JOINED))
+
+
+@triton.jit
 def _best_tokens(
     products, affine_ptr, row, rows, QUESTIONS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """[BLOCK, R] products of chunks with question tokens -> [BLOCK, QUESTIONS], the best token of each question."""
+    """[BLOCK, R] products of chunks with question tokens -> [BLOCK, QUESTIONS], the best of each."""
     scores = products * tl.load(affine_ptr + row)[None, :] + tl.load(affine_ptr + rows + row)[None, :]
     return tl.max(tl.reshape(scores, (BLOCK, QUESTIONS, TOKENS)), axis=2)
 
@@ -128,6 +136,10 @@ def route_packed_kernel(
     codes_ptr,  # [C, G, N] uint8
     scales_ptr,  # [C, G]
     table_ptr,  # [2**BITS]
+    word0,
+    word1,
+    word2,
+    word3,  # `byte_tables`
     level_ptr,  # [256], not read unless LEVELS
     out_ptr,  # [B, C] float32
     questions,
@@ -154,16 +166,33 @@ def route_packed_kernel(
     for tile in range(TOKEN_TILES):
         row = (tl.program_id(1) * TOKEN_TILES + tile) * R + tl.arange(0, R)
         products = tl.zeros((BLOCK, R), tl.float32)
+        vector = chunk * HEADS
+        scale = load_scales(scales_ptr + vector, inside, level_ptr, LEVELS)
         for head in range(HEADS):
-            vector = chunk * HEADS + head
             keys = load_centroids(
-                codes_ptr + vector * BYTES, inside, table_ptr, HEAD_DIM, BITS, DOT_TYPE, ASSEMBLY
-            )
+                codes_ptr + vector * BYTES, inside, table_ptr, word0, word1, word2, word3,
+                HEAD_DIM, BITS, DOT_TYPE, ASSEMBLY,
+            )  # fmt: skip
+            keys = _in_quads(keys, BLOCK, JOINED)
             asked = tl.load(prepared_ptr + (row * (HEADS * JOINED) + head * JOINED)[None, :] + place[:, None])
-            scale = load_scales(scales_ptr + vector, inside, level_ptr, LEVELS)
+            vector += 1
+            # The next scales are on their way while this head's product runs.
+            following = load_scales(scales_ptr + vector, inside & (head + 1 < HEADS), level_ptr, LEVELS)
             products += tl.dot(keys, asked, input_precision="ieee") * scale[:, None]
+            scale = following
         best = tl.maximum(best, _best_tokens(products, affine_ptr, row, rows, QUESTIONS, TOKENS, BLOCK))
     _store_scores(out_ptr, best, chunk, chunks, questions, QUESTIONS)
+
+
+@cache
+def quad_channels(width: int, bits: int, device: torch.device) -> torch.Tensor:
+    """The channel at each of the J places of a tile of keys, -1 for padding: int32 [J].
+
+    A tensor core takes two neighbouring channels of a row from each of four threads, again and again. Dealt
+    out like this, all bytes that a thread needs lie side by side.
+    """
+    order = torch.tensor(joined_channels(width, bits), dtype=torch.int32)
+    return order.view(4, -1, 2).transpose(0, 1).flatten().to(device)
 
 
 def question_tile(questions: int, tokens: int) -> tuple[int, int]:
@@ -174,11 +203,6 @@ def question_tile(questions: int, tokens: int) -> tuple[int, int]:
     token_rows = min(triton.next_power_of_2(tokens), MOST_QUESTION_ROWS)
     question_rows = min(triton.next_power_of_2(questions), MOST_QUESTION_ROWS // token_rows)
     return question_rows, max(token_rows, 16 // question_rows)
-
-
-@cache
-def _route_table(centroids: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor(centroids, dtype=torch.float32, device=device)
 
 
 def _empty_scores(folded, question_mask, keys, scales=None, centroids=None, levels=None):
@@ -197,12 +221,12 @@ def route_scores(
     """Chunk scores [B, C] float32: the largest <folded[b, t], key[c]> over the tokens of question b.
 
     Args:
-        folded: [B, T, W] queries summed over the heads of a group; for packed keys in the rotated basis, gains
-            applied.
+        folded: [B, T, W] queries summed over the heads of a group; for packed keys in the rotated basis, with
+            gains applied.
         question_mask: [B, T] bool. A question without any token scores -inf.
-        keys: contiguous [C, W] in bfloat16, float16 or float32 (queries are rounded to the same type), or codes
-            uint8 [C, G, N] with `scales` [C, G, 1], `centroids` (2 to 16 numbers, ascending and symmetric) and,
-            if the scales are uint8, the meaning of their `levels` [256] float32.
+        keys: contiguous [C, W] in bfloat16, float16 or float32 (queries are rounded to the same type), or
+            codes uint8 [C, G, N] with `scales` [C, G, 1], `centroids` (2 to 16 numbers, ascending and
+            symmetric) and, if the scales are uint8, the meaning of their `levels` [256] float32.
 
     Raises:
         ValueError: for packed keys of another layout.
@@ -225,40 +249,35 @@ def _route_dense(out, folded, question_mask, keys):
     settings = launch_parameters("route_dense", folded.device)
     if keys.dtype == torch.float32:
         settings["BLOCK"] //= 2
-    types = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
     route_dense_kernel[grid](
         prepared, affine, keys, out, folded.shape[0], chunks, affine.shape[1],
         WIDTH=width, PADDED=padded, STEP=DENSE_STEP, QUESTIONS=tile[0], TOKENS=tile[1],
-        TOKEN_TILES=prepared.shape[1], DOT_TYPE=types[kind],
+        TOKEN_TILES=prepared.shape[1], DOT_TYPE=TRITON_TYPES[kind],
         PRECISION="ieee" if interpreted() or kind != torch.float32 else "tf32x3",
         **settings,
     )  # fmt: skip
 
 
 def _route_packed(out, folded, question_mask, codes, scales, centroids, levels):
-    (chunks, heads, size), dim = codes.shape, folded.shape[2] // codes.shape[1]
+    (chunks, heads, _), dim = codes.shape, folded.shape[2] // codes.shape[1]
+    check_packed("router keys", codes, scales, centroids, dim, folded.device)
     bits = len(centroids).bit_length() - 1
-    if dim % 8 or not 1 <= bits <= 4 or len(centroids) != 2**bits or size != dim * bits // 8:
-        raise ValueError(
-            f"packed router keys have one part of 1 to 4 bits and a head dim divisible by 8; got {len(centroids)} "
-            f"centroids, head dim {dim} and {size} bytes"
-        )
-    if scales is None or scales.shape != (chunks, heads, 1) or not scales.is_contiguous():
-        raise ValueError(f"scales must be contiguous [{chunks}, {heads}, 1]")
+    if bits > 4 or not scales.is_contiguous():
+        raise ValueError(f"router keys must have 1 to 4 bits and contiguous scales; got {bits} bits")
     device, interpreting, joined = folded.device, interpreted(), triton.next_power_of_2(dim)
     prepared, affine, tile = _prepare_questions(
-        folded, question_mask, channel_table(dim, bits, device), dim, heads * joined,
+        folded, question_mask, quad_channels(dim, bits, device), dim, heads * joined,
         torch.float32 if interpreting else torch.float16,
     )  # fmt: skip
     settings = launch_parameters("route_packed", device)
     settings["BLOCK"] //= max(1, joined // 128, tile[0] * tile[1] // 64)
     grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
     route_packed_kernel[grid](
-        prepared, affine, codes, scales, _route_table(centroids, device),
+        prepared, affine, codes, scales, centroid_table(centroids, device), *byte_tables(centroids),
         affine if levels is None else levels, out, folded.shape[0], chunks, affine.shape[1],
         HEADS=heads, HEAD_DIM=dim, BITS=bits, LEVELS=scales.dtype == torch.uint8,
-        ASSEMBLY="" if interpreting else lookup_assembly(centroids),
+        ASSEMBLY=assembly_for(bits, device),
         QUESTIONS=tile[0], TOKENS=tile[1], TOKEN_TILES=prepared.shape[1],
         DOT_TYPE=tl.float32 if interpreting else tl.float16,
         **settings,
