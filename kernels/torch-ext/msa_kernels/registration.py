@@ -11,7 +11,7 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 # Copies of this package (installed, loaded from the Hub, beside remote code) may live in one process; each
 # registers its operators under the name that it was imported by.
-NAMESPACE = "msa_kernels_" + hashlib.sha256(__name__.rpartition(".")[0].encode()).hexdigest()[:8]
+NAMESPACE = "msa_kernels_" + hashlib.sha256((__package__ or __name__).encode()).hexdigest()[:8]
 
 
 def operator(fake: Callable | None = None, mutates: Iterable[str] = ()) -> Callable:
