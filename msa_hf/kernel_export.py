@@ -72,12 +72,11 @@ def amalgamate() -> str:
     _check_names(ordered)
     imports = {line for module in ordered for line in module.imports}
     triton = sorted(line for line in imports if line.split()[1].split(".")[0] == "triton")
-    operators = [name for names in package.siblings.values() for name in names]
     parts = [_HEADER, "\n".join(sorted(imports - set(triton))) + "\n"]
     if triton:
         parts.append(_TRITON.format(imports="\n    ".join(triton)))
     parts += [f"# {module.name}.py: {module.summary}\n\n{module.body}" for module in ordered]
-    parts.append(f"available = {tuple(operators)!r}\n")
+    parts.append(f"available = {package.available!r}\n")
     return "\n\n".join(parts)
 
 
@@ -93,6 +92,7 @@ class _Module:
     Args:
         imports: statements that import from elsewhere. siblings: the names that it takes from other files.
         names: what it defines at the top. body: its source without docstring and imports.
+        available: the operators that it names.
     """
 
     name: str
@@ -101,6 +101,7 @@ class _Module:
     siblings: dict[str, list[str]]
     names: list[str]
     body: str
+    available: tuple[str, ...]
 
     @classmethod
     def read(cls, path: Path) -> _Module:
@@ -124,7 +125,8 @@ class _Module:
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
         summary = ast.get_docstring(tree).splitlines()[0]
         names = [name for node in tree.body for name in _defined(node)]
-        return cls(path.stem, summary, imports, siblings, names, "\n".join(lines).strip() + "\n")
+        body = "\n".join(lines).strip() + "\n"
+        return cls(path.stem, summary, imports, siblings, names, body, _available(tree))
 
 
 def _check_sibling(node: ast.ImportFrom, where: str) -> None:
@@ -153,6 +155,15 @@ def _defined(node: ast.stmt) -> Iterator[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         for target in targets:
             yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+
+
+def _available(tree: ast.Module) -> tuple[str, ...]:
+    """The value that the last statement `available = (...)` gives it."""
+    found: tuple[str, ...] = ()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "available":
+            found = ast.literal_eval(node.value)
+    return found
 
 
 def _ordered(modules: dict[str, _Module]) -> list[_Module]:

@@ -137,6 +137,7 @@ def test_copies_share_a_process(arguments, amalgam, tmp_path):
 
 def test_one_file_passes_the_check_of_remote_code(amalgam):
     """Transformers refuses files whose imports are missing, unless they are inside `try`."""
+    assert f"available = {kernels.available!r}" in amalgam.read_text()
     assert "triton" not in get_imports(amalgam)
     assert get_relative_imports(amalgam) == []
 
@@ -169,7 +170,7 @@ def test_hub_layout(tmp_path):
 
 
 FILES = {
-    "__init__": '"""Package."""\nfrom .second import run\n',
+    "__init__": '"""Package."""\nfrom .second import run\n\navailable = ("run",)\n',
     "first": '"""First."""\nimport math\nfrom functools import cache\n\nSIZE = 2  # why\n',
     "second": '"""Second."""\nimport math\n\nfrom .first import SIZE\n\n'
     "def run():\n    return math.pi * SIZE\n",

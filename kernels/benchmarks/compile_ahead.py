@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this c
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
-from operands import Attention, attention_calls  # noqa: E402
+from operands import Attention, Encoding, Routing, attention_calls  # noqa: E402
 
 from msa_hf import kernels  # noqa: E402
 from msa_hf.kernels import launch  # noqa: E402
@@ -69,6 +69,12 @@ def cases() -> list[Case]:
         ),
         _attention_case("decode_attention", 96, (4, 4), "float16", dtype=torch.float16),
     ]
+    found += [
+        _encode_case(dim, bits, dim == 128 and bits == (4, 4)) for dim in (64, 128, 256) for bits in WIDTHS
+    ]
+    found += [
+        _route_case(dim, bits, dim == 128 and bits in (0, 4)) for dim in (64, 128) for bits in (0, 1, 2, 3, 4)
+    ]
     return [case for case in found if case.operator in kernels.available]
 
 
@@ -92,6 +98,25 @@ def _attention_case(operator: str, dim: int, bits: tuple[int, int], note: str = 
 
     label = f"D {dim}, K {bits[0]} V {bits[1]} bits" + (f", {note}" if note else "")
     return Case(operator, label, run, quick=dim == 128 and bits == (4, 4) and not note)
+
+
+def _encode_case(dim: int, bits: tuple[int, int], quick: bool) -> Case:
+    shape = Encoding(groups=2, tokens=512, dim=dim, bits=bits)
+
+    def run() -> None:
+        kernels.encode(**shape.arguments(*shape.states(CPU)))
+
+    return Case("encode_states", f"D {dim}, K {bits[0]} V {bits[1]} bits, search 9", run, quick)
+
+
+def _route_case(dim: int, bits: int, quick: bool) -> Case:
+    shape = Routing(dim=dim, bits=bits)
+
+    def run() -> None:
+        kernels.route_scores(**shape.arguments(CPU))
+
+    keys = f"{bits} bits" if bits else "bfloat16"
+    return Case("route_scores", f"G 8, D {dim}, {keys}, 32 question tokens", run, quick)
 
 
 def compiled(case: Case, target: str) -> list[Row]:

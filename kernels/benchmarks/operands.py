@@ -1,7 +1,7 @@
 """What the operators are compiled, verified and timed with: random packed layers and their arguments.
 
 Axis letters: B batch, H query heads, G key/value heads, Q query tokens, P packed tokens, L recent tokens,
-D head dim.
+D head dim, C chunks, W = G * D.
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from msa_hf import kernels
 from msa_hf.modeling.codebooks import codebook
 from msa_hf.modeling.packed_states import ExactTokens, HeadCodes, LayerView
 from msa_hf.modeling.turboquant import PackedVectors, Transform, VectorQuantizer, scale_table
@@ -164,3 +165,102 @@ def _attention_arguments(view, keys, values, heads, query, out) -> dict[str, Any
 def packed_bytes(view: LayerView) -> int:
     """Bytes that attention reads of the packed tokens: codes and scales."""
     return sum(part.packed.nbytes for part in (*view.key_codes, *view.value_codes))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One launch of `encode`: keys, with means, and values [B, G, T, D]."""
+
+    batch: int = 1
+    groups: int = 8
+    tokens: int = 1024
+    dim: int = 128
+    bits: tuple[int, int] = (4, 4)
+    search: int = 9
+    mean_group: int = 256
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read and written."""
+        vectors = self.batch * self.groups * self.tokens
+        return vectors * sum(2 * self.dim + self.dim * bits // 8 + 1 for bits in self.bits)
+
+    def states(self, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and means."""
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (self.batch, self.groups, self.tokens, self.dim)
+        keys, values = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
+        groups = -(-self.tokens // self.mean_group)
+        means = torch.randn(*shape[:2], groups, self.dim, generator=generator, device=device)
+        return keys.to(self.dtype), values.to(self.dtype), means.bfloat16()
+
+    def quantizers(self) -> list[VectorQuantizer]:
+        return [
+            VectorQuantizer(((self.dim, bits),), scale_bits=8, code_search=self.search) for bits in self.bits
+        ]
+
+    def arguments(self, keys: torch.Tensor, values: torch.Tensor, means: torch.Tensor) -> dict[str, Any]:
+        """Of `kernels.encode`; its codings hold the buffers that it writes."""
+        transform = Transform.rotation("hadamard", (self.dim,))
+        table = scale_table()
+        codings = []
+        for states, quantizer in zip((keys, values), self.quantizers()):
+            stored = states.shape[:3]
+            matrix, factor = kernels.matrix_parts(transform.encode.to(states.device), states.dtype)
+            empty = {"dtype": torch.uint8, "device": states.device}
+            codes = torch.empty(*stored, quantizer.code_bytes, **empty)
+            scales = torch.empty(*stored, 1, **empty)
+            centroids = codebook(*quantizer.parts[0]).to(states.device)
+            codings.append(
+                kernels.Coding(states, matrix, factor, centroids, codes, scales, search=self.search)
+            )
+        limits = (table[1:] * table[:-1]).sqrt().float().to(keys.device)
+        return {
+            "codings": codings,
+            "position": 0,
+            "means": means,
+            "mean_group": self.mean_group,
+            "level_limits": limits,
+        }
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One call of `route_scores` with packed keys of `bits`, or with dense ones in bfloat16 for 0."""
+
+    questions: int = 1
+    tokens: int = 32
+    chunks: int = 1024
+    groups: int = 8
+    dim: int = 128
+    bits: int = 4
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys."""
+        return self.chunks * self.groups * (self.dim * self.bits // 8 + 1 if self.bits else 2 * self.dim)
+
+    @property
+    def product_flops(self) -> int:
+        return 2 * self.questions * self.tokens * self.chunks * self.groups * self.dim
+
+    def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """Of `route_scores`."""
+        generator = torch.Generator(device).manual_seed(seed)
+        width = self.groups * self.dim
+        folded = torch.randn(self.questions, self.tokens, width, generator=generator, device=device)
+        mask = torch.ones(self.questions, self.tokens, dtype=torch.bool, device=device)
+        if not self.bits:
+            keys = torch.randn(self.chunks, width, generator=generator, device=device, dtype=torch.bfloat16)
+            return {"folded": folded.bfloat16(), "question_mask": mask, "keys": keys}
+        shape = (self.chunks, self.groups)
+        numbers = {"dtype": torch.uint8, "generator": generator, "device": device}
+        return {
+            "folded": folded,
+            "question_mask": mask,
+            "keys": torch.randint(256, (*shape, self.dim * self.bits // 8), **numbers),
+            "scales": torch.randint(112, 145, (*shape, 1), **numbers),
+            "centroids": codebook(self.dim, self.bits).tolist(),
+            "levels": scale_table().float().to(device),
+        }

@@ -5,11 +5,15 @@
 
 import importlib.util
 
-__all__ = []
+available: tuple[str, ...] = ()
+__all__ = ["available"]
 
 if importlib.util.find_spec("triton") is not None:
     from .attention import decode_attention, prefill_attention
+    from .encode import Coding, encode, encode_states, matrix_parts, serves_encoding
+    from .route import route_scores
 
+    available = ("decode_attention", "prefill_attention", "encode_states", "route_scores")
     __all__ += ["decode_attention", "prefill_attention"]
-
-available: tuple[str, ...] = tuple(__all__)
+    __all__ += ["Coding", "encode", "encode_states", "matrix_parts", "serves_encoding"]
+    __all__ += ["route_scores"]
