@@ -13,13 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .codes import centroid_table, check_packed, joined_channels, load_centroids, load_scales
+from .codes import CODES_PER_BYTE, centroid_table, check_packed, joined_channels, load_centroids, load_scales
 from .launch import launch_parameters
 from .lookup import assembly_for, byte_tables
 from .registration import TRITON_TYPES, interpreted, operator
 
 DENSE_STEP = 64  # channels of a dense key in one product
 MOST_QUESTION_ROWS = 128
+MOST_QUESTION_NUMBERS = 1 << 14  # of a tile of question tokens and the channels of one product: 32 KB
 
 
 @triton.jit
@@ -70,10 +71,22 @@ def prepare_questions_kernel(
 
 
 @triton.jit
-def _in_quads(keys, BLOCK: tl.constexpr, JOINED: tl.constexpr):
-    """Permutes the channels of centroids [BLOCK, J] as `quad_channels` says."""
-    parts = tl.reshape(keys, (BLOCK, 4, JOINED // 8, 2))
-    return tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (BLOCK, JOINED))
+def _as_operand(keys, BLOCK: tl.constexpr, JOINED: tl.constexpr):
+    """Permutes centroids [BLOCK, J]: rows as `_operand_rows`, channels as `operand_channels` says.
+
+    Loads deal rows out to 8 quads of threads, then to 4 warps; a tensor core wants 16 rows in a warp, and two
+    neighbouring channels from each thread of a quad, again and again. Each thread has loaded what it needs,
+    and the permutation says so; without it the tile would go through shared memory.
+    """
+    parts = tl.reshape(keys, (BLOCK // 64, 2, 4, 8, 4, JOINED // 8, 2))
+    return tl.reshape(tl.permute(parts, (0, 2, 1, 3, 5, 4, 6)), (BLOCK, JOINED))
+
+
+@triton.jit
+def _operand_rows(BLOCK: tl.constexpr):
+    """[BLOCK], the row of the loaded tile that lies at each row of an operand."""
+    row = tl.arange(0, BLOCK)
+    return (row & 7) | ((row >> 1) & 24) | ((row << 2) & 32) | (row & -64)
 
 
 @triton.jit
@@ -153,31 +166,33 @@ def route_packed_kernel(
     QUESTIONS: tl.constexpr,
     TOKENS: tl.constexpr,
     TOKEN_TILES: tl.constexpr,
+    VECTOR: tl.constexpr,
     DOT_TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     R: tl.constexpr = QUESTIONS * TOKENS
     JOINED: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     BYTES: tl.constexpr = HEAD_DIM * BITS // 8
-    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = chunk < chunks
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    loaded = first + tl.arange(0, BLOCK)
+    chunk = first + _operand_rows(BLOCK)
     place = tl.arange(0, JOINED)
     best = tl.full((BLOCK, QUESTIONS), -float("inf"), tl.float32)
     for tile in range(TOKEN_TILES):
         row = (tl.program_id(1) * TOKEN_TILES + tile) * R + tl.arange(0, R)
         products = tl.zeros((BLOCK, R), tl.float32)
-        vector = chunk * HEADS
-        scale = load_scales(scales_ptr + vector, inside, level_ptr, LEVELS)
+        scale = load_scales(scales_ptr + chunk * HEADS, chunk < chunks, level_ptr, LEVELS)
         for head in range(HEADS):
+            code_ptr = tl.multiple_of(codes_ptr + (loaded * HEADS + head) * BYTES, VECTOR)
             keys = load_centroids(
-                codes_ptr + vector * BYTES, inside, table_ptr, word0, word1, word2, word3,
+                code_ptr, loaded < chunks, table_ptr, word0, word1, word2, word3,
                 HEAD_DIM, BITS, DOT_TYPE, ASSEMBLY,
             )  # fmt: skip
-            keys = _in_quads(keys, BLOCK, JOINED)
+            keys = _as_operand(keys, BLOCK, JOINED)
             asked = tl.load(prepared_ptr + (row * (HEADS * JOINED) + head * JOINED)[None, :] + place[:, None])
-            vector += 1
             # The next scales are on their way while this head's product runs.
-            following = load_scales(scales_ptr + vector, inside & (head + 1 < HEADS), level_ptr, LEVELS)
+            more = (chunk < chunks) & (head + 1 < HEADS)
+            following = load_scales(scales_ptr + chunk * HEADS + head + 1, more, level_ptr, LEVELS)
             products += tl.dot(keys, asked, input_precision="ieee") * scale[:, None]
             scale = following
         best = tl.maximum(best, _best_tokens(products, affine_ptr, row, rows, QUESTIONS, TOKENS, BLOCK))
@@ -185,23 +200,22 @@ def route_packed_kernel(
 
 
 @cache
-def quad_channels(width: int, bits: int, device: torch.device) -> torch.Tensor:
+def operand_channels(width: int, bits: int, device: torch.device) -> torch.Tensor:
     """The channel at each of the J places of a tile of keys, -1 for padding: int32 [J].
 
-    A tensor core takes two neighbouring channels of a row from each of four threads, again and again. Dealt
-    out like this, all bytes that a thread needs lie side by side.
+    Of four threads each loads a quarter of `joined_channels`, and they contribute two in turn.
     """
     order = torch.tensor(joined_channels(width, bits), dtype=torch.int32)
     return order.view(4, -1, 2).transpose(0, 1).flatten().to(device)
 
 
-def question_tile(questions: int, tokens: int) -> tuple[int, int]:
-    """(questions, tokens) of a tile, powers of 2 with a product of 16 to MOST_QUESTION_ROWS.
+def question_tile(questions: int, tokens: int, most: int) -> tuple[int, int]:
+    """(questions, tokens) of a tile, powers of 2 with a product of 16 to `most`.
 
     Chunks are read once per tile, so a tile holds as many questions as fit.
     """
-    token_rows = min(triton.next_power_of_2(tokens), MOST_QUESTION_ROWS)
-    question_rows = min(triton.next_power_of_2(questions), MOST_QUESTION_ROWS // token_rows)
+    token_rows = min(triton.next_power_of_2(tokens), most)
+    question_rows = min(triton.next_power_of_2(questions), most // token_rows)
     return question_rows, max(token_rows, 16 // question_rows)
 
 
@@ -266,22 +280,29 @@ def _route_packed(out, folded, question_mask, codes, scales, centroids, levels):
     if bits > 4 or not scales.is_contiguous():
         raise ValueError(f"router keys must have 1 to 4 bits and contiguous scales; got {bits} bits")
     device, interpreting, joined = folded.device, interpreted(), triton.next_power_of_2(dim)
-    prepared, affine, tile = _prepare_questions(
-        folded, question_mask, quad_channels(dim, bits, device), dim, heads * joined,
-        torch.float32 if interpreting else torch.float16,
-    )  # fmt: skip
+    channels = operand_channels(dim, bits, device)
+    kind = torch.float32 if interpreting else torch.float16
+    prepared, affine, tile = _prepare_questions(folded, question_mask, channels, dim, heads * joined, kind)
     settings = launch_parameters("route_packed", device)
-    settings["BLOCK"] //= max(1, joined // 128, tile[0] * tile[1] // 64)
+    settings["BLOCK"] = max(64, settings["BLOCK"] // max(1, joined // 128, tile[0] * tile[1] // 64))
     grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
     route_packed_kernel[grid](
-        prepared, affine, codes, scales, centroid_table(centroids, device), *byte_tables(centroids),
+        prepared, affine, codes, scales, centroid_table(centroids, device),
+        *byte_tables(centroids, torch.float16),
         affine if levels is None else levels, out, folded.shape[0], chunks, affine.shape[1],
         HEADS=heads, HEAD_DIM=dim, BITS=bits, LEVELS=scales.dtype == torch.uint8,
         ASSEMBLY=assembly_for(bits, device),
         QUESTIONS=tile[0], TOKENS=tile[1], TOKEN_TILES=prepared.shape[1],
-        DOT_TYPE=tl.float32 if interpreting else tl.float16,
+        VECTOR=_bytes_at_once(codes, joined, bits), DOT_TYPE=TRITON_TYPES[kind],
         **settings,
     )  # fmt: skip
+
+
+def _bytes_at_once(codes, joined: int, bits: int) -> int:
+    """Bytes of a row that a thread loads: a quarter of a plane, as `operand_channels` wants it, if aligned
+    like that; at least the 4 that can be copied to shared memory without registers."""
+    aligned = codes.shape[2] | codes.data_ptr()
+    return min(max(4, joined // CODES_PER_BYTE[bits] // 4), aligned & -aligned)
 
 
 def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, dtype: torch.dtype):
@@ -290,7 +311,10 @@ def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, d
     questions, tokens, width = folded.shape
     if folded.stride(2) != 1:
         folded = folded.contiguous()
-    tile = question_tile(questions, tokens)
+    columns = DENSE_STEP if channels is None else len(channels)
+    tile = question_tile(
+        questions, tokens, max(16, min(MOST_QUESTION_ROWS, MOST_QUESTION_NUMBERS // columns))
+    )
     shape = (triton.cdiv(questions, tile[0]), triton.cdiv(tokens, tile[1]), tile[0] * tile[1], padded)
     prepared = torch.empty(shape, dtype=dtype, device=folded.device)
     rows = prepared.numel() // padded
