@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels" / "benchmarks"))
 
+import sweep  # noqa: E402
 from results import Bar, Result  # noqa: E402
 from timing import Ceilings, Timing  # noqa: E402
+
+from msa_hf.kernels import launch  # noqa: E402
 
 
 def run(*options):
@@ -66,3 +70,26 @@ def test_wrong_result_is_said_and_not_timed():
     assert "WRONG" in result.summary()
     assert "**inf**" in result.row(Ceilings(1.0, 1.0), rehearsal=False)
     assert result.ratio("SDPA") == 0
+
+
+class FakeStopwatch:
+    """Says how long the parameters in force take."""
+
+    device = torch.device("cpu")
+
+    def time(self, calls):
+        found = launch.launch_parameters("decode_attention", self.device)
+        if found["num_warps"] > 8:
+            raise RuntimeError("out of resources")
+        took = abs(found["ROWS"] - 64) + abs(found["num_warps"] - 8) + found["num_stages"]
+        return Timing(1.0 + took, 0.0, 0.0, graph=True)
+
+
+def test_sweep_finds_the_best_parameters(monkeypatch):
+    start = {"ROWS": 16, "num_warps": 2, "num_stages": 4}
+    monkeypatch.setitem(launch.PARAMETERS, "decode_attention", {(0, 0): start})
+    found = sweep.best_parameters("decode_attention", [], FakeStopwatch())
+    assert found["parameters"] == {"ROWS": 64, "num_warps": 8, "num_stages": 1}
+    assert found["before_ms"] == 59 and found["after_ms"] == 2
+    assert launch.PARAMETERS["decode_attention"] == {(0, 0): start}
+    assert set(sweep.WORKLOADS) <= set(launch.PARAMETERS)

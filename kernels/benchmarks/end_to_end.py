@@ -62,17 +62,27 @@ def filled_cache(kind: str, model: LlamaForCausalLM, batch: int, context: int):
 
 
 @torch.inference_mode()
-def step_time(model: LlamaForCausalLM, kind: str, batch: int, context: int, steps: int, runs: int) -> Timing:
+def step_time(
+    model: LlamaForCausalLM,
+    kind: str,
+    batch: int,
+    context: int,
+    steps: int,
+    runs: int,
+    limit: float = 30.0,
+) -> Timing:
     """Milliseconds of a decode step, the host's work included; see `filled_cache` for `kind`.
 
-    A run of `steps` should pack several blocks of a TurboQuantCache, so that packing has its share.
+    Args:
+        steps: of a run; whole blocks of a TurboQuantCache, so that packing has its share.
+        runs: how many are timed, behind one that warms up; only one once `limit` seconds are spent.
 
     Raises RuntimeError if the logits are not finite.
     """
     cache = filled_cache(kind, model, batch, context)
     model.set_attn_implementation("sdpa" if kind == "dense" else TurboQuantCache.attention_implementation)
-    times = []
-    for run in range(runs + 1):  # the first one warms up
+    times, begin = [], time.perf_counter()
+    for run in range(runs + 1):
         tokens = torch.randint(model.config.vocab_size, (batch, steps), device=model.device)
         start = _now(model.device)
         for step in range(steps):
@@ -82,6 +92,8 @@ def step_time(model: LlamaForCausalLM, kind: str, batch: int, context: int, step
             raise RuntimeError(f"logits of the {kind} cache are not finite: nothing was measured")
         if run:
             times.append(1000 * took / steps)
+        if times and time.perf_counter() - begin > limit:
+            break
     times.sort()
     return Timing(statistics.median(times), times[0], times[-1], graph=False)
 

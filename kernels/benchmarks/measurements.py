@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 import torch
 from end_to_end import Model, step_time
-from operands import Attention, Encoding, Routing, attention_calls, packed_bytes
+from operands import Attention, Encoding, Routing, attention_calls
 from peers import (
     attention_twin,
     decoded_attention,
@@ -96,24 +96,33 @@ def prefill(session: Session) -> Iterator[Result]:
         yield _attention("prefill_attention", name, shape, session)
 
 
-def _attention(operator: str, name: str, shape: Attention, session: Session) -> Result:
-    device, stopwatch = session.device, session.stopwatch
-    view = shape.view(device)
-    result = Result(name, tolerance=ATTENTION_TOLERANCE, nbytes=packed_bytes(view), flops=shape.product_flops)
-    run = getattr(kernels, operator)
+def attention_sets(shape: Attention, stopwatch: Stopwatch) -> list[list[dict]]:
+    """Arguments of the calls of one attention, with operands of different seeds."""
     sets = []
-    for seed in range(stopwatch.buffers(result.nbytes)):
-        query = shape.query(device, seed)
+    for seed in range(stopwatch.buffers(shape.code_bytes)):
+        query = shape.query(stopwatch.device, seed)
         out = query.new_empty(shape.batch, shape.queries, shape.heads, shape.dim)
-        sets.append(attention_calls(view if seed == 0 else shape.view(device, seed), query, out))
-    [run(**arguments) for arguments in sets[0]]
+        sets.append(attention_calls(shape.view(stopwatch.device, seed), query, out))
+    return sets
+
+
+def run_all(operator: Callable, calls: list[dict]) -> None:
+    for arguments in calls:
+        operator(**arguments)
+
+
+def _attention(operator: str, name: str, shape: Attention, session: Session) -> Result:
+    stopwatch = session.stopwatch
+    view = shape.view(session.device)  # of the first set
+    result = Result(name, tolerance=ATTENTION_TOLERANCE, nbytes=shape.code_bytes, flops=shape.product_flops)
+    run = getattr(kernels, operator)
+    sets = attention_sets(shape, stopwatch)
+    run_all(run, sets[0])
     query, ours = sets[0][0]["query"], sets[0][0]["out"]
     result.error = rms_ratio(ours, attention_twin(query, view))
     if not result.right:
         return result
-    result.ours = stopwatch.time(
-        [partial(lambda calls: [run(**arguments) for arguments in calls], calls) for calls in sets]
-    )
+    result.ours = stopwatch.time([partial(run_all, run, calls) for calls in sets])
     del sets
     _dense_peers(result, shape, session)
     result.peers["decode the layer, then SDPA"] = stopwatch.time(
@@ -210,7 +219,7 @@ def end_to_end(session: Session) -> Iterator[Result]:
     sizes = Model()
     if session.rehearses:
         sizes = Model(layers=2, hidden=64, heads=4, groups=2, inner=64, vocabulary=100)
-    context, steps = (512, 2) if session.rehearses else (32768, 128)
+    context, steps = (512, 2) if session.rehearses else (32768, 64)
     model = sizes.build(session.device, context + 8 * steps)
     for batch, wanted in ((1, 1.0), (16, 1.5)):
         batch = min(batch, 2) if session.rehearses else batch

@@ -47,6 +47,12 @@ class Attention:
         return sum(map(sum, self.head_bits)) / (2 * self.groups)
 
     @property
+    def code_bytes(self) -> int:
+        """Codes and scales of all packed tokens."""
+        per_token = sum(self.dim * sum(bits) + 2 * self.scale_bits for bits in self.head_bits) // 8
+        return self.batch * self.packed * per_token
+
+    @property
     def product_flops(self) -> int:
         """Multiplications and additions of scores and sums."""
         return 4 * self.batch * self.heads * self.queries * (self.packed + self.recent) * self.dim
@@ -160,11 +166,6 @@ def _attention_arguments(view, keys, values, heads, query, out) -> dict[str, Any
         "softcap": 0.0,
         "window": 0,
     }
-
-
-def packed_bytes(view: LayerView) -> int:
-    """Bytes that attention reads of the packed tokens: codes and scales."""
-    return sum(part.packed.nbytes for part in (*view.key_codes, *view.value_codes))
 
 
 @dataclass(frozen=True)
