@@ -1,7 +1,7 @@
 """Launch parameters of the kernels, per device.
 
 Chosen ahead of time, so that neither an import nor a first call waits for a search. A device that is not
-listed gets the parameters of the nearest older one. benchmarks/benchmark.py --sweep prints better ones.
+listed gets the parameters of the nearest older one. benchmarks/sweep.py looks for better ones.
 """
 
 from collections.abc import Iterator
