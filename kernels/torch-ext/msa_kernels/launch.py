@@ -11,16 +11,26 @@ import torch
 
 # kernel -> compute capability -> parameters; (0, 0) serves everything else, the interpreter too.
 PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
-    "decode_attention": {(0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2}},
-    "prefill_attention": {(0, 0): {"ROWS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2}},
+    "decode_attention": {
+        (0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
+        (8, 0): {"ROWS": 16, "TOKENS": 128, "num_warps": 4, "num_stages": 2},
+        (9, 0): {"ROWS": 16, "TOKENS": 128, "num_warps": 4, "num_stages": 3},
+    },
+    "prefill_attention": {(0, 0): {"ROWS": 128, "TOKENS": 64, "num_warps": 8, "num_stages": 2}},
     "combine_splits": {(0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}},
     "prepare_questions": {
         (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
         (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
     },
-    "encode": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 2}},
+    "encode": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1}},
     "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
+    "gather_dense": {(0, 0): {"BLOCK": 32, "num_warps": 4, "num_stages": 1}},
+    "gather_packed": {(0, 0): {"BLOCK": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}},
+    "pool_chunks": {(0, 0): {"TOKENS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}},
+    "document_maxima": {(0, 0): {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}},
+    "document_means": {(0, 0): {"BLOCK": 128, "num_warps": 1, "num_stages": 1}},
+    "top_documents": {(0, 0): {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}},
 }
 _assumed_capability: list[tuple[int, int]] = []
 
