@@ -3,8 +3,9 @@
     python kernels/benchmarks/compile_ahead.py > kernels/COMPILED.md
     python kernels/benchmarks/compile_ahead.py --quick --json
 
-Ends with status 1, and the reasons on stderr, if a kernel for CUDA moves registers to local memory or an
-operator that multiplies matrices does it without tensor cores. For AMD the figures are only reported.
+Ends with status 1, and the reasons on stderr, if a kernel for CUDA does not compile, moves registers to local
+memory or needs more shared memory than there is, or if attention or routing do without tensor cores. For AMD
+the figures are only reported.
 """
 
 import argparse
@@ -20,13 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this c
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
-from operands import Attention, Encoding, Routing, attention_calls  # noqa: E402
+from operands import Attention, Encoding, Gathering, Routing, attention_calls  # noqa: E402
 
 from msa_hf import kernels  # noqa: E402
 from msa_hf.kernels import launch  # noqa: E402
 
-MULTIPLYING = ("decode_attention", "prefill_attention", "route_scores")
+WITH_TENSOR_CORES = ("decode_attention", "prefill_attention", "route_scores")
 WIDTHS = ((4, 4), (4, 3), (3, 3), (2, 2), (1, 1))
+SHARED = {"sm_80": 166_912, "sm_90": 232_448}  # bytes that a program can have
 CPU = torch.device("cpu")
 
 
@@ -50,6 +52,8 @@ class Row:
     def failures(self) -> Iterator[str]:
         if self.code.spills and not self.code.target.startswith("gfx"):
             yield f"{self} spills: {self.code.spills} instructions, {self.code.registers} registers"
+        if self.code.shared > SHARED.get(self.code.target, self.code.shared):
+            yield f"{self} needs {self.code.shared:,} bytes of shared memory"
 
     def __str__(self) -> str:
         return f"{self.operator} ({self.label}), {self.code.kernel} for {self.code.target}"
@@ -75,6 +79,7 @@ def cases() -> list[Case]:
     found += [
         _route_case(dim, bits, dim == 128 and bits in (0, 4)) for dim in (64, 128) for bits in (0, 1, 2, 3, 4)
     ]
+    found += [_gather_case(dim, bits) for dim in (64, 128) for bits in (0, 2, 3, 4)]
     return [case for case in found if case.operator in kernels.available]
 
 
@@ -119,14 +124,34 @@ def _route_case(dim: int, bits: int, quick: bool) -> Case:
     return Case("route_scores", f"G 8, D {dim}, {keys}, 32 question tokens", run, quick)
 
 
-def compiled(case: Case, target: str) -> list[Row]:
-    """The kernels that a case launches on a target."""
+def _gather_case(dim: int, bits: int) -> Case:
+    shape = Gathering(samples=2, places=64, chunks=256, dim=dim, bits=bits)
+
+    def run() -> None:
+        getattr(kernels, shape.operator)(**shape.arguments(CPU))
+
+    label = f"G 8, D {dim}, {f'{bits} bits' if bits else 'bfloat16'}"
+    return Case(shape.operator, label, run, quick=dim == 128 and bits in (0, 4))
+
+
+def compiled(case: Case, target: str) -> tuple[list[Row], str]:
+    """The kernels that a case launches on a target, and why there are no more of them, or ""."""
+    reason = ""
     with ExitStack() as stack:
         if TARGETS[target].backend == "cuda":
             stack.enter_context(launch.assume_capability(divmod(TARGETS[target].arch, 10)))
         found = stack.enter_context(compiling(target))
-        case.run()
-    return [Row(case.operator, case.label, code) for code in found]
+        try:
+            case.run()
+        except triton.TritonError as error:
+            reason = f"{case.operator} ({case.label}) does not compile for {target}: {_root(error)}"
+    return [Row(case.operator, case.label, code) for code in found], reason
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
 
 
 def failures(rows: list[Row]) -> list[str]:
@@ -134,7 +159,7 @@ def failures(rows: list[Row]) -> list[str]:
     found = [reason for row in rows for reason in row.failures()]
     calls: dict[tuple[str, str, str], bool] = {}
     for row in rows:
-        if row.operator in MULTIPLYING:
+        if row.operator in WITH_TENSOR_CORES:
             call = (row.operator, row.label, row.code.target)
             calls[call] = calls.get(call, False) or bool(row.code.tensor_cores)
     return found + [f"{' '.join(call)} uses no tensor cores" for call, used in calls.items() if not used]
@@ -176,18 +201,16 @@ def main() -> int:
     parser.add_argument("--operator", help="only this one")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
-    rows = [
-        row
-        for target in options.targets
-        for case in cases()
-        if case.quick or not options.quick
-        if options.operator in (None, case.operator)
-        for row in compiled(case, target)
-    ]
+    rows, reasons = [], []
+    for target in options.targets:
+        for case in cases():
+            if (case.quick or not options.quick) and options.operator in (None, case.operator):
+                found, reason = compiled(case, target)
+                rows += found
+                reasons += [reason] if reason else []
     print(json.dumps([asdict(row) for row in rows], indent=1) if options.json else table(rows))
-    reasons = failures(rows)
-    print("\n".join(reasons), file=sys.stderr)
-    return 1 if reasons else 0
+    print("\n".join(reasons + failures(rows)), file=sys.stderr)
+    return 1 if failures(rows) or any("for gfx" not in reason for reason in reasons) else 0
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from functools import cached_property, partial
 
 import torch
 from end_to_end import Model, step_time
-from operands import Attention, Encoding, Routing, attention_calls
+from operands import Attention, Encoding, Gathering, Routing, attention_calls
 from peers import (
     attention_twin,
     decoded_attention,
     dense_attention,
     encoding_twin,
+    gathering_twin,
     gemm_and_max,
     reference_routing,
     routing_twin,
@@ -28,6 +29,7 @@ from msa_hf.modeling.turboquant import PackedVectors
 
 ATTENTION_TOLERANCE = 1e-2  # outputs are bfloat16
 ROUTING_TOLERANCE = 5e-3  # questions are rounded to 16 bits
+GATHERING_TOLERANCE = 5e-3  # packed rows are bfloat16 with products in TensorFloat-32; dense ones are copies
 ENCODING_TOLERANCE = 1e-3  # a number that lies between two codes may get either
 TINY = {"heads": 4, "groups": 2, "packed": 96, "dim": 64, "recent": 20, "mean_group": 64}
 MIXTURES = {
@@ -214,6 +216,29 @@ def encode(session: Session) -> Iterator[Result]:
         yield result
 
 
+def gather(session: Session) -> Iterator[Result]:
+    """The pooled keys and values of 16 documents of 100 chunks each for 8 questions."""
+    for bits in (0, 4):
+        shape = session.sized(
+            Gathering(chunks=200_000, bits=bits), samples=2, places=40, chunks=99, groups=2, dim=64
+        )
+        operator, device = getattr(kernels, shape.operator), session.device
+        sets = [shape.arguments(device, seed) for seed in range(session.stopwatch.buffers(shape.nbytes))]
+        result = Result(
+            f"gather, 8 x 1600 chunks, {f'{bits} bits' if bits else 'bfloat16'}",
+            tolerance=GATHERING_TOLERANCE if bits else 0.0,
+            nbytes=shape.nbytes,
+        )
+        pairs = zip(operator(**sets[0]), gathering_twin(shape, sets[0]))
+        result.error = max(rms_ratio(ours, twin) for ours, twin in pairs)
+        if result.right:
+            result.ours = session.stopwatch.time([partial(operator, **arguments) for arguments in sets])
+            result.peers["plain PyTorch"] = session.stopwatch.time(
+                [partial(gathering_twin, shape, arguments) for arguments in sets], graph=not bits
+            )
+        yield result
+
+
 def end_to_end(session: Session) -> Iterator[Result]:
     """Decode steps of a random Llama of 8B geometry behind 32k tokens."""
     sizes = Model()
@@ -246,5 +271,5 @@ def _freed(measurement: Callable[[Session], Iterator[Result]]) -> Callable[[Sess
 
 
 MEASUREMENTS = {
-    function.__name__: _freed(function) for function in (decode, prefill, route, encode, end_to_end)
+    function.__name__: _freed(function) for function in (decode, prefill, route, encode, gather, end_to_end)
 }

@@ -1,7 +1,7 @@
 """What the operators are compiled, verified and timed with: random packed layers and their arguments.
 
 Axis letters: B batch, H query heads, G key/value heads, Q query tokens, P packed tokens, L recent tokens,
-D head dim, C chunks, W = G * D.
+D head dim, C chunks, W = G * D, K places of a memory prefix.
 """
 
 from collections.abc import Iterator
@@ -265,3 +265,55 @@ class Routing:
             "centroids": codebook(self.dim, self.bits).tolist(),
             "levels": scale_table().float().to(device),
         }
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """One call of `gather_packed` with keys and values of `bits`, or of `gather_dense` for 0 (bfloat16).
+
+    Args:
+        samples: B. places: K, chunks that each of them reads.
+    """
+
+    samples: int = 8
+    places: int = 1600
+    chunks: int = 4096
+    groups: int = 8
+    dim: int = 128
+    bits: int = 0
+
+    @property
+    def operator(self) -> str:
+        return "gather_packed" if self.bits else "gather_dense"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read and written."""
+        vectors = 2 * self.samples * self.places * self.groups
+        return vectors * (2 * self.dim + (self.dim * self.bits // 8 + 1 if self.bits else 2 * self.dim))
+
+    def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """Of the operator; the chunks of a sample lie in runs, as those of documents do."""
+        generator = torch.Generator(device).manual_seed(seed)
+        run = 32
+        first = torch.randint(
+            self.chunks - run, (self.samples, -(-self.places // run), 1), generator=generator, device=device
+        )
+        rows = (first + torch.arange(run, device=device)).flatten(1)[:, : self.places].contiguous()
+        if not self.bits:
+            shape = (self.chunks, self.groups * self.dim)
+            options = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+            keys, values = (torch.randn(shape, **options) for _ in range(2))
+            return {"keys": keys, "values": values, "rows": rows, "heads": self.groups}
+        arguments = {"levels": scale_table().float().to(device), "rows": rows, "dtype": torch.bfloat16}
+        options = {"generator": generator, "device": device, "dtype": torch.uint8}
+        for name in ("key", "value"):
+            size = (self.chunks, self.groups, self.dim * self.bits // 8)
+            arguments |= {
+                f"{name}_codes": torch.randint(256, size, **options),
+                f"{name}_scales": torch.randint(112, 145, (*size[:2], 1), **options),
+                f"{name}_centroids": codebook(self.dim, self.bits).tolist(),
+                f"{name}_decode": Transform.rotation("hadamard", (self.dim,)).to(device).decode,
+                f"{name}_gain": None,
+            }
+        return arguments

@@ -1,13 +1,13 @@
 """What the kernels are measured against, and the plain twins that they must agree with.
 
 Axis letters: B batch, H query heads, G key/value heads, S = H / G, Q query tokens, T tokens, D head dim,
-C chunks, W = G * D.
+C chunks, W = G * D, K places of a memory prefix.
 """
 
 from collections.abc import Callable
 
 import torch
-from operands import Encoding
+from operands import Encoding, Gathering
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -98,3 +98,18 @@ def encoding_twin(shape: Encoding, keys, values, means) -> list[PackedVectors]:
     group = torch.arange(shape.tokens, device=keys.device) // shape.mean_group
     states = (keys.double() - means.double().index_select(2, group), values.double())
     return [quantizer.encode(part @ encode) for quantizer, part in zip(shape.quantizers(), states)]
+
+
+def gathering_twin(shape: Gathering, arguments: dict) -> tuple[torch.Tensor, ...]:
+    """Keys and values [B, G, K, D] by indexing, after decoding where they are packed."""
+    rows, found = arguments["rows"], []
+    for name in ("key", "value"):
+        if shape.bits:
+            table = torch.tensor(arguments[f"{name}_centroids"], device=rows.device)
+            scales = arguments["levels"][arguments[f"{name}_scales"][rows].int()]
+            states = _unpacked(arguments[f"{name}_codes"][rows], shape.bits, table) * scales
+            states = (states @ arguments[f"{name}_decode"]).to(arguments["dtype"])
+        else:
+            states = arguments[f"{name}s"][rows].unflatten(2, (shape.groups, -1))
+        found.append(states.transpose(1, 2).contiguous())
+    return tuple(found)
