@@ -15,7 +15,7 @@ from msa_hf.modeling.turboquant import (
     scale_table,
 )
 
-HALF_PRECISION = 1e-3  # centroids in float16
+HALF_PRECISION = 1e-3  # centroids in float16, matrices in TensorFloat-32
 BRAIN_PRECISION = 1e-2  # also covers an interpreter that cuts bits off where a GPU rounds
 
 CHUNKS, HEADS = 37, 2

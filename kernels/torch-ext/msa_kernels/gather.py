@@ -178,7 +178,7 @@ def gather_packed(
     rows: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of packed keys and values as K and V [B, G, P, D] in `dtype`, centroids rounded to float16.
+    """Rows of packed keys and values as K and V [B, G, P, D] in `dtype`, to about 11 bits of precision.
 
     Args:
         key_codes, value_codes: contiguous uint8 [C, G, N]; keys and values may differ in bits (1 to 4).
@@ -202,13 +202,14 @@ def gather_packed(
         return out
     heads, dim, rows = key_codes.shape[1], key_decode.shape[-1], rows.contiguous()
     settings = launch_parameters("gather_packed", rows.device)
+    settings["BLOCK"] //= max(1, dim // 128)
     settings["COLUMNS"] = min(settings["COLUMNS"], triton.next_power_of_2(dim))
     grid = (triton.cdiv(rows.shape[1], settings["BLOCK"]), rows.shape[0] * heads, 2)
     gather_packed_kernel[grid](
         *pointers[0], out[0], *pointers[1], out[1], rows, rows.shape[1], heads, *strides,
         dim, *constants[0], *constants[1],
         CODE_TYPE=tl.float32 if interpreted() else tl.float16,
-        PRECISION="ieee" if interpreted() else "tf32x3" if dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if interpreted() else "tf32",
         **settings,
     )  # fmt: skip
     return out

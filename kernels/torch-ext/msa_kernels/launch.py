@@ -27,7 +27,10 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "gather_dense": {(0, 0): {"BLOCK": 32, "num_warps": 4, "num_stages": 1}},
     "gather_packed": {(0, 0): {"BLOCK": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}},
-    "pool_chunks": {(0, 0): {"TOKENS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}},
+    "pool_chunks": {
+        (0, 0): {"TOKENS": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
+        (8, 0): {"TOKENS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 1},
+    },
     "document_maxima": {(0, 0): {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}},
     "document_means": {(0, 0): {"BLOCK": 128, "num_warps": 1, "num_stages": 1}},
     "top_documents": {(0, 0): {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}},
