@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this c
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
-from operands import Attention, Encoding, Gathering, Routing, attention_calls  # noqa: E402
+from operands import Attention, Encoding, Gathering, Pooling, Routing, attention_calls  # noqa: E402
 
 from msa_hf import kernels  # noqa: E402
 from msa_hf.kernels import launch  # noqa: E402
@@ -79,6 +79,7 @@ def cases() -> list[Case]:
     found += [
         _route_case(dim, bits, dim == 128 and bits in (0, 4)) for dim in (64, 128) for bits in (0, 1, 2, 3, 4)
     ]
+    found += [_pool_case(dim) for dim in (64, 128)]
     found += [_gather_case(dim, bits) for dim in (64, 128) for bits in (0, 2, 3, 4)]
     return [case for case in found if case.operator in kernels.available]
 
@@ -132,6 +133,15 @@ def _gather_case(dim: int, bits: int) -> Case:
 
     label = f"G 8, D {dim}, {f'{bits} bits' if bits else 'bfloat16'}"
     return Case(shape.operator, label, run, quick=dim == 128 and bits in (0, 4))
+
+
+def _pool_case(dim: int) -> Case:
+    shape = Pooling(documents=2, tokens=256, dim=dim)
+
+    def run() -> None:
+        kernels.pool_chunks(**shape.arguments(CPU))
+
+    return Case("pool_chunks", f"G 8, D {dim}, chunks of 64", run, quick=dim == 128)
 
 
 def compiled(case: Case, target: str) -> tuple[list[Row], str]:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 import torch
 from end_to_end import Model, step_time
-from operands import Attention, Encoding, Gathering, Routing, attention_calls
+from operands import Attention, Encoding, Gathering, Pooling, Routing, attention_calls
 from peers import (
     attention_twin,
     decoded_attention,
@@ -18,6 +18,7 @@ from peers import (
     encoding_twin,
     gathering_twin,
     gemm_and_max,
+    pooling_twin,
     reference_routing,
     routing_twin,
 )
@@ -30,6 +31,7 @@ from msa_hf.modeling.turboquant import PackedVectors
 ATTENTION_TOLERANCE = 1e-2  # outputs are bfloat16
 ROUTING_TOLERANCE = 5e-3  # questions are rounded to 16 bits
 GATHERING_TOLERANCE = 5e-3  # packed rows are bfloat16 with products in TensorFloat-32; dense ones are copies
+POOLING_TOLERANCE = 8e-3  # means are bfloat16, which an interpreter cuts off where a GPU rounds
 ENCODING_TOLERANCE = 1e-3  # a number that lies between two codes may get either
 TINY = {"heads": 4, "groups": 2, "packed": 96, "dim": 64, "recent": 20, "mean_group": 64}
 MIXTURES = {
@@ -239,6 +241,22 @@ def gather(session: Session) -> Iterator[Result]:
         yield result
 
 
+def pool(session: Session) -> Iterator[Result]:
+    """Keys, values and router keys of 16 documents of 4,096 tokens, in chunks of 64."""
+    shape = session.sized(Pooling(), documents=2, tokens=70, groups=2, dim=64)
+    device = session.device
+    sets = [shape.arguments(device, seed) for seed in range(session.stopwatch.buffers(shape.nbytes))]
+    result = Result("pool, 16 x 4096 tokens", tolerance=POOLING_TOLERANCE, nbytes=shape.nbytes)
+    pairs = zip(kernels.pool_chunks(**sets[0]), pooling_twin(sets[0]))
+    result.error = max(rms_ratio(ours, twin) for ours, twin in pairs)
+    if result.right:
+        result.ours = session.stopwatch.time([partial(kernels.pool_chunks, **one) for one in sets])
+        result.peers["plain PyTorch"] = session.stopwatch.time(
+            [partial(pooling_twin, one) for one in sets], graph=False
+        )
+    yield result
+
+
 def end_to_end(session: Session) -> Iterator[Result]:
     """Decode steps of a random Llama of 8B geometry behind 32k tokens."""
     sizes = Model()
@@ -271,5 +289,6 @@ def _freed(measurement: Callable[[Session], Iterator[Result]]) -> Callable[[Sess
 
 
 MEASUREMENTS = {
-    function.__name__: _freed(function) for function in (decode, prefill, route, encode, gather, end_to_end)
+    function.__name__: _freed(function)
+    for function in (decode, prefill, route, encode, gather, pool, end_to_end)
 }

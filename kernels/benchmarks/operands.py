@@ -317,3 +317,40 @@ class Gathering:
                 f"{name}_gain": None,
             }
         return arguments
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """One call of `pool_chunks` with keys, values and router keys of documents [B, T], the last one short."""
+
+    documents: int = 16
+    tokens: int = 4096
+    groups: int = 8
+    dim: int = 128
+    chunk: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.tokens] * (self.documents - 1) + [self.tokens // 2 + 1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read and written."""
+        rows = sum(self.lengths) + sum(-(-length // self.chunk) for length in self.lengths)
+        return 3 * rows * self.groups * self.dim * self.dtype.itemsize
+
+    def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """Of `pool_chunks`."""
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (self.documents, self.groups, self.tokens, self.dim)
+        keys, values, router_keys = (
+            torch.randn(shape, generator=generator, device=device).to(self.dtype).transpose(1, 2)
+            for _ in range(3)
+        )
+        return {
+            "states": [keys, values, router_keys.flatten(2)],
+            "lengths": torch.tensor(self.lengths, device=device),
+            "chunk_sizes": [self.chunk] * 3,
+            "totals": [sum(-(-length // self.chunk) for length in self.lengths)] * 3,
+        }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from msa_hf.modeling import ops
 from msa_hf.modeling.attention_turboquant import turboquant_attention
 from msa_hf.modeling.bit_packing import unpack
 from msa_hf.modeling.packed_states import LayerView, PackedStates
@@ -113,3 +114,11 @@ def gathering_twin(shape: Gathering, arguments: dict) -> tuple[torch.Tensor, ...
             states = arguments[f"{name}s"][rows].unflatten(2, (shape.groups, -1))
         found.append(states.transpose(1, 2).contiguous())
     return tuple(found)
+
+
+def pooling_twin(arguments: dict) -> list[torch.Tensor]:
+    """Means of chunks by plain PyTorch."""
+    return [
+        ops._pool_chunks(states.flatten(2), arguments["lengths"], size)
+        for states, size in zip(arguments["states"], arguments["chunk_sizes"])
+    ]

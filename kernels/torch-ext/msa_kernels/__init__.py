@@ -12,6 +12,7 @@ if importlib.util.find_spec("triton") is not None:
     from .attention import decode_attention, prefill_attention
     from .encode import Coding, encode, encode_states, matrix_parts, serves_encoding
     from .gather import gather_dense, gather_packed
+    from .pool import pool_chunks
     from .route import route_scores
 
     available = (
@@ -21,8 +22,9 @@ if importlib.util.find_spec("triton") is not None:
         "route_scores",
         "gather_dense",
         "gather_packed",
+        "pool_chunks",
     )
     __all__ += ["decode_attention", "prefill_attention"]
     __all__ += ["Coding", "encode", "encode_states", "matrix_parts", "serves_encoding"]
     __all__ += ["route_scores"]
-    __all__ += ["gather_dense", "gather_packed"]
+    __all__ += ["gather_dense", "gather_packed", "pool_chunks"]
