@@ -5,6 +5,7 @@ C chunks, W = G * D, K places of a memory prefix.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from operands import Encoding, Gathering
@@ -13,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from msa_hf.modeling import ops
-from msa_hf.modeling.attention_turboquant import turboquant_attention
 from msa_hf.modeling.bit_packing import unpack
-from msa_hf.modeling.packed_states import LayerView, PackedStates
+from msa_hf.modeling.packed_states import LayerView
 from msa_hf.modeling.turboquant import PackedVectors, Transform
 
 Call = Callable[[], torch.Tensor]
@@ -27,13 +27,25 @@ BACKENDS = {
 
 
 def attention_twin(query: torch.Tensor, view: LayerView) -> torch.Tensor:
-    """Plain PyTorch on the codes: [B, Q, H, D]."""
-    handles = (PackedStates(view, kind) for kind in ("keys", "values"))
-    return turboquant_attention(torch.nn.Module(), query, *handles, None)[0]
+    """Attention over the decoded layer in float32: [B, Q, H, D]. No dispatch can turn it into a kernel."""
+    exact = view.exact and replace(view.exact, keys=view.exact.keys.float(), values=view.exact.values.float())
+    view = replace(view, keys=view.keys.float(), values=view.values.float(), exact=exact)
+    keys, values = view.dense_keys(), view.dense_values()
+    batch, heads, tokens, dim = query.shape
+    groups, length = keys.shape[1:3]
+    place = torch.arange(length, device=query.device)
+    later = place[None] > place[-tokens:, None]  # [Q, T]
+    outputs = []
+    for sample in range(batch):
+        rows = query[sample].float().view(groups, -1, dim) * dim**-0.5
+        scores = (rows @ keys[sample].mT).unflatten(1, (-1, tokens)).masked_fill_(later, -torch.inf)
+        outputs.append((scores.softmax(-1).flatten(1, 2) @ values[sample]).view(heads, tokens, dim))
+    return torch.stack(outputs).transpose(1, 2)
 
 
 def dense_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> dict[str, Call]:
-    """SDPA by name of its backend: query [B, H, Q, D], the last tokens of keys and values [B, G, T, D]."""
+    """SDPA as PyTorch chooses, and for one token by backend: query [B, H, Q, D], the last of the tokens of
+    keys and values [B, G, T, D]."""
     batch, heads, tokens, dim = query.shape
     rows = query.reshape(batch, keys.shape[1], -1, dim)  # the query heads of a group as rows of one head
     bias = None if tokens == 1 else causal_lower_right(tokens, keys.shape[2])
@@ -42,11 +54,10 @@ def dense_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         with sdpa_kernel(backend):
             return F.scaled_dot_product_attention(states, keys, values, **kwargs)
 
-    calls = {}
-    for name, backend in BACKENDS.items():
-        calls[f"SDPA {name}"] = lambda backend=backend: run(backend, query, attn_mask=bias, enable_gqa=True)
-        if tokens == 1:
-            calls[f"SDPA {name}, heads as rows"] = lambda backend=backend: run(backend, rows)
+    calls = {"SDPA": lambda: F.scaled_dot_product_attention(query, keys, values, bias, enable_gqa=True)}
+    for name, backend in BACKENDS.items() if tokens == 1 else ():
+        calls[f"SDPA {name}"] = lambda backend=backend: run(backend, query, enable_gqa=True)
+        calls[f"SDPA {name}, heads as rows"] = lambda backend=backend: run(backend, rows)
     return calls
 
 
