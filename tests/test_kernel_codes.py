@@ -18,7 +18,7 @@ def read_kernel(
     PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
     row = tl.arange(0, 16)
     ok = row < rows
-    tile = load_centroids(codes_ptr + row * BYTES, ok, table_ptr, WIDTH, BITS, tl.float32, "")
+    tile = load_centroids(codes_ptr + row * BYTES, ok, table_ptr, 0, 0, 0, 0, WIDTH, BITS, tl.float32, "")
     tl.store(out_ptr + row[:, None] * PADDED + tl.arange(0, PADDED)[None, :], tile, mask=ok[:, None])
 
 

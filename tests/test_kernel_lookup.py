@@ -1,14 +1,13 @@
 """The PTX of the centroid lookup, run by a small interpreter of its eight instructions."""
 
 import re
-import struct
 
 import numpy as np
 import pytest
 import torch
 from kernel_cases import WIDTHS
 
-from msa_hf.kernels.lookup import lookup_assembly
+from msa_hf.kernels.lookup import byte_tables, lookup_assembly
 from msa_hf.modeling.codebooks import codebook
 
 
@@ -50,35 +49,33 @@ def run_ptx(assembly: str, inputs: list[int], outputs: int) -> list[int]:
     return [registers[f"${i}"] for i in range(outputs)]
 
 
-def halves(words: list[int]) -> list[float]:
-    return [number for word in words for number in struct.unpack("<2e", struct.pack("<I", word))]
+def pair(word: int, dtype: torch.dtype) -> list[float]:
+    return torch.frombuffer(bytearray(word.to_bytes(4, "little")), dtype=dtype).tolist()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("dim", (64, 128))
-def test_lookup_gives_the_centroids_of_the_codes(bits, dim):
-    table = codebook(dim, bits)
-    expected = table.half().float().tolist()
-    assembly = lookup_assembly(tuple(table.tolist()))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_lookup_gives_the_centroids_of_the_codes(bits, dtype):
+    table = codebook(128, bits)
+    expected = table.to(dtype).tolist()
+    tables = [word & 0xFFFFFFFF for word in byte_tables(tuple(table.tolist()), dtype) for _ in range(4)]
     generator = np.random.default_rng(0)
     words = generator.integers(0, 2**32, (300, 3), dtype=np.uint64).tolist()
     words += [[0, 0, 0], [0xFFFFFFFF] * 3]
     for row in words:
         data = [np.frombuffer(int(word).to_bytes(4, "little"), np.uint8) for word in row]
         if bits == 3:
-            low0, low1, high = data
-            codes = [(low0, high, place, 0) for place in range(4)] + [
-                (low1, high, place, 1) for place in range(4)
-            ]
-            codes = [(a >> 2 * p & 3) | (b >> (2 * p + h) & 1) << 2 for a, b, p, h in codes]
-            results = run_ptx(assembly, row, 16)
+            tiles = [(half, place) for half in range(2) for place in range(4)]
+            codes = [(data[h] >> 2 * p & 3) | (data[2] >> (2 * p + h) & 1) << 2 for h, p in tiles]
         else:
+            row = row[:1]
             codes = [data[0] >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
-            results = run_ptx(assembly, row[:1], 2 * len(codes))
-        for tile, wanted in enumerate(codes):
-            assert halves(results[2 * tile : 2 * tile + 2]) == [expected[code] for code in wanted]
+        results = run_ptx(lookup_assembly(bits), [*row, *tables], 2 * len(codes))
+        for byte in range(4):
+            read = [pair(results[4 * word + byte], dtype) for word in range(len(codes) // 2)]
+            assert sum(read, []) == [expected[code[byte]] for code in codes]
 
 
 def test_wide_codebooks_are_read_from_memory():
-    assert lookup_assembly(tuple(codebook(64, 5).tolist())) == ""
+    assert lookup_assembly(5) == lookup_assembly(6) == ""
     assert torch.equal(codebook(64, 4), -codebook(64, 4).flip(0))  # what four bits rely on

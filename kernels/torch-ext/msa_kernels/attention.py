@@ -19,7 +19,7 @@ import triton.language as tl
 from .attention_kernels import attend_splits_kernel, combine_splits_kernel
 from .codes import centroid_table, channel_table, check_packed
 from .launch import launch_parameters, processors
-from .lookup import assembly_for
+from .lookup import assembly_for, byte_tables
 from .registration import TRITON_TYPES, interpreted, operator
 
 PROGRAMS_PER_PROCESSOR = 2
@@ -203,6 +203,9 @@ def _attend(
     padded, rows = triton.next_power_of_2(dim), share * query_tokens
     settings = launch_parameters(kernel, device)
     block, tokens = settings.pop("ROWS"), settings.pop("TOKENS")
+    if padded > 128:  # the table is for head dims up to 128
+        block, tokens = max(8, block * 128 // padded), tokens * 128 // padded
+    block = min(block, max(8, triton.next_power_of_2(rows)))
     if means is not None:
         tokens = min(tokens, mean_group & -mean_group)  # a tile lies within one group
     blocks = triton.cdiv(rows, block)
@@ -219,6 +222,8 @@ def _attend(
         key_codes, key_scales, key_decode, absent if key_gain is None else key_gain,
         centroid_table(tuple(key_centroids), device), channel_table(dim, key_bits, device),
         value_codes, value_scales, centroid_table(tuple(value_centroids), device),
+        *byte_tables(tuple(key_centroids), torch.float16),
+        *byte_tables(tuple(value_centroids), torch.bfloat16),
         absent if levels is None else levels, absent if means is None else means,
         *(absent if exact is None else exact for exact in (exact_keys, exact_values, exact_positions)),
         recent_keys, recent_values, absent if mask is None else mask,
@@ -236,12 +241,15 @@ def _attend(
         GAIN=key_gain is not None, MEAN_GROUP=0 if means is None else mean_group,
         EXACT=0 if exact_keys is None else exact_keys.shape[2], MASK=mask is not None,
         SOFTCAP=softcap > 0, WINDOW=window > 0,
-        KEY_ASSEMBLY=assembly_for(tuple(key_centroids), device),
-        VALUE_ASSEMBLY=assembly_for(tuple(value_centroids), device),
+        KEY_ASSEMBLY=assembly_for(key_bits, device),
+        VALUE_ASSEMBLY=assembly_for(value_bits, device),
         TYPE=tl.float32 if interpreting else TRITON_TYPES[query.dtype],
-        CODE_TYPE=tl.float32 if interpreting else tl.float16,
+        # Rotated queries are scaled to 1 and take half precision; weights times scales may have any size.
+        KEY_TYPE=tl.float32 if interpreting else tl.float16,
+        VALUE_TYPE=tl.float32 if interpreting else tl.bfloat16,
         PRECISION="ieee", ROTATE_PRECISION="ieee" if interpreting else "tf32",
-        ROWS=block, TOKENS=tokens, CHANNELS=16 if interpreting else 32,
+        TOKENS_FIRST=block < 64, ROWS=block, TOKENS=tokens, DENSE_TOKENS=min(tokens, 64),
+        CHANNELS=16 if interpreting else 32,
         **settings,
     )  # fmt: skip
     merging = launch_parameters("combine_splits", device)

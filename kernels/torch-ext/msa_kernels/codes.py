@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+CODES_PER_BYTE = {1: 8, 2: 4, 3: 8, 4: 2}  # 3 bits: per byte of the plane of high bits
 
 
 def code_bytes(width: int, bits: int) -> int:
@@ -26,14 +27,13 @@ def joined_channels(width: int, bits: int) -> tuple[int, ...]:
     """The channel at each of the J places of a tile of `load_centroids`, -1 for padding."""
     if bits > 4:
         return tuple(i if i < width else -1 for i in range(triton.next_power_of_2(width)))
-    tiles = {4: 2, 2: 4, 1: 8, 3: 8}[bits]  # bits = 3 has two halves of four tiles
+    tiles = CODES_PER_BYTE[bits]
     size = width // tiles
     order = []
     for i in range(triton.next_power_of_2(size)):
         for place in range(tiles):
-            number = int(f"{place:0{tiles.bit_length() - 1}b}"[::-1], 2)
-            if bits == 3:  # the last join is over the halves, so its bit counts half a tile
-                number = number % 4 * 2 + number // 4
+            # Three bits take the low bits of half a tile after the other: its number counts halves last.
+            number = place % 4 * 2 + place // 4 if bits == 3 else place
             order.append(number * size + i if i < size else -1)
     return tuple(order)
 
@@ -80,21 +80,23 @@ def _shifted(codes, table_ptr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, TYPE: t
 
 
 @triton.jit
-def _joined_pair(first, second):
+def _joined(first, second):
+    """[N, 2 K]: the columns of two tiles [N, K] in turn."""
     joined = tl.join(first, second)
     return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 2))
 
 
 @triton.jit
 def _joined_four(a, b, c, d):
-    joined = tl.join(tl.join(a, b), tl.join(c, d))
-    return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 4))
+    return _joined(_joined(a, c), _joined(b, d))
 
 
 @triton.jit
-def _joined_eight(a, b, c, d, e, f, g, h):
-    joined = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
-    return tl.reshape(joined, (joined.shape[0], joined.shape[1] * 8))
+def _halves(words, TYPE: tl.constexpr):
+    """16 bit TYPE [N, 2 K] of int32 [N, K], the low half of each word first."""
+    low = (words & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(TYPE, bitcast=True)
+    return _joined(low, high)
 
 
 @triton.jit
@@ -111,84 +113,85 @@ def load_centroids(
     row_ptr,  # [N] pointers to uint8, the first code byte of each row
     row_ok,  # [N] bool, rows that exist; the others read as code 0
     table_ptr,  # [2**BITS] centroids, float32
+    word0, word1, word2, word3,  # `lookup.byte_tables` of the centroids in TYPE
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
     TYPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,  # of `lookup_assembly`; "" looks centroids up in memory
-):
+):  # fmt: skip
     """Centroids [N, J] in TYPE, channels as `joined_channels` says. Padding channels hold some centroid."""
     if BITS == 4:
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 2)
         if ASSEMBLY == "":
-            a = _shifted(codes, table_ptr, 0, 4, TYPE)
-            b = _shifted(codes, table_ptr, 4, 4, TYPE)
-        else:
-            a, b = tl.inline_asm_elementwise(
-                ASSEMBLY, "=&r,=&r,=&r,=&r,r", [codes], dtype=(TYPE, TYPE), is_pure=True, pack=4
-            )
-        return _joined_pair(a, b)
+            return _joined(_shifted(codes, table_ptr, 0, 4, TYPE), _shifted(codes, table_ptr, 4, 4, TYPE))
+        words = tl.inline_asm_elementwise(
+            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [codes, word0, word1, word2, word3], dtype=tl.int32, is_pure=True, pack=4,
+        )  # fmt: skip
+        return _halves(words, TYPE)
     elif BITS == 2:
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 4)
         if ASSEMBLY == "":
-            a = _shifted(codes, table_ptr, 0, 2, TYPE)
-            b = _shifted(codes, table_ptr, 2, 2, TYPE)
-            c = _shifted(codes, table_ptr, 4, 2, TYPE)
-            d = _shifted(codes, table_ptr, 6, 2, TYPE)
-        else:
-            a, b, c, d = tl.inline_asm_elementwise(
-                ASSEMBLY,
-                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-                [codes],
-                dtype=(TYPE, TYPE, TYPE, TYPE),
-                is_pure=True,
-                pack=4,
+            return _joined_four(
+                _shifted(codes, table_ptr, 0, 2, TYPE),
+                _shifted(codes, table_ptr, 2, 2, TYPE),
+                _shifted(codes, table_ptr, 4, 2, TYPE),
+                _shifted(codes, table_ptr, 6, 2, TYPE),
             )
-        return _joined_four(a, b, c, d)
+        a, b = tl.inline_asm_elementwise(
+            ASSEMBLY, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [codes, word0, word1, word2, word3], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+        return _halves(_joined(a, b), TYPE)
     elif BITS == 1:
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 8)
         if ASSEMBLY == "":
-            a = _shifted(codes, table_ptr, 0, 1, TYPE)
-            b = _shifted(codes, table_ptr, 1, 1, TYPE)
-            c = _shifted(codes, table_ptr, 2, 1, TYPE)
-            d = _shifted(codes, table_ptr, 3, 1, TYPE)
-            e = _shifted(codes, table_ptr, 4, 1, TYPE)
-            f = _shifted(codes, table_ptr, 5, 1, TYPE)
-            g = _shifted(codes, table_ptr, 6, 1, TYPE)
-            h = _shifted(codes, table_ptr, 7, 1, TYPE)
-        else:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                ASSEMBLY,
-                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r",
-                [codes],
-                dtype=(TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE),
-                is_pure=True,
-                pack=4,
+            even = _joined_four(
+                _shifted(codes, table_ptr, 0, 1, TYPE),
+                _shifted(codes, table_ptr, 2, 1, TYPE),
+                _shifted(codes, table_ptr, 4, 1, TYPE),
+                _shifted(codes, table_ptr, 6, 1, TYPE),
             )
-        return _joined_eight(a, b, c, d, e, f, g, h)
+            odd = _joined_four(
+                _shifted(codes, table_ptr, 1, 1, TYPE),
+                _shifted(codes, table_ptr, 3, 1, TYPE),
+                _shifted(codes, table_ptr, 5, 1, TYPE),
+                _shifted(codes, table_ptr, 7, 1, TYPE),
+            )
+            return _joined(even, odd)
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [codes, word0, word1, word2, word3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+        return _halves(_joined_four(a, b, c, d), TYPE)
     elif BITS == 3:
         SIZE: tl.constexpr = WIDTH // 8
         low0 = _load_bytes(row_ptr, row_ok, 0, SIZE)
         low1 = _load_bytes(row_ptr, row_ok, SIZE, SIZE)
         high = _load_bytes(row_ptr, row_ok, 2 * SIZE, SIZE)
         if ASSEMBLY == "":
-            a = _three_bits(low0, high, table_ptr, 0, 0, TYPE)
-            b = _three_bits(low0, high, table_ptr, 1, 0, TYPE)
-            c = _three_bits(low0, high, table_ptr, 2, 0, TYPE)
-            d = _three_bits(low0, high, table_ptr, 3, 0, TYPE)
-            e = _three_bits(low1, high, table_ptr, 0, 1, TYPE)
-            f = _three_bits(low1, high, table_ptr, 1, 1, TYPE)
-            g = _three_bits(low1, high, table_ptr, 2, 1, TYPE)
-            h = _three_bits(low1, high, table_ptr, 3, 1, TYPE)
-        else:
-            a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-                ASSEMBLY,
-                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
-                [low0, low1, high],
-                dtype=(TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE, TYPE),
-                is_pure=True,
-                pack=4,
+            even = _joined_four(
+                _three_bit_tile(low0, high, table_ptr, 0, 0, TYPE),
+                _three_bit_tile(low0, high, table_ptr, 2, 0, TYPE),
+                _three_bit_tile(low1, high, table_ptr, 0, 1, TYPE),
+                _three_bit_tile(low1, high, table_ptr, 2, 1, TYPE),
             )
-        return _joined_eight(a, b, c, d, e, f, g, h)
+            odd = _joined_four(
+                _three_bit_tile(low0, high, table_ptr, 1, 0, TYPE),
+                _three_bit_tile(low0, high, table_ptr, 3, 0, TYPE),
+                _three_bit_tile(low1, high, table_ptr, 1, 1, TYPE),
+                _three_bit_tile(low1, high, table_ptr, 3, 1, TYPE),
+            )
+            return _joined(even, odd)
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASSEMBLY,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [low0, low1, high, word0, word1, word2, word3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
+        )  # fmt: skip
+        return _halves(_joined_four(a, b, c, d), TYPE)
     else:  # 5 and 6 bits: every channel loads its bytes by itself
         PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
         channel = tl.arange(0, PADDED)
@@ -204,7 +207,7 @@ def load_centroids(
 
 
 @triton.jit
-def _three_bits(low, high, table_ptr, A: tl.constexpr, B: tl.constexpr, TYPE: tl.constexpr):
+def _three_bit_tile(low, high, table_ptr, A: tl.constexpr, B: tl.constexpr, TYPE: tl.constexpr):
     index = ((low >> (2 * A)) & 3) | (((high >> (2 * A + B)) & 1) << 2)
     return tl.load(table_ptr + index.to(tl.int32)).to(TYPE)
 

@@ -13,16 +13,19 @@ import torch
 PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     "decode_attention": {
         (0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
-        (8, 0): {"ROWS": 16, "TOKENS": 128, "num_warps": 4, "num_stages": 2},
         (9, 0): {"ROWS": 16, "TOKENS": 128, "num_warps": 4, "num_stages": 3},
     },
-    "prefill_attention": {(0, 0): {"ROWS": 128, "TOKENS": 64, "num_warps": 8, "num_stages": 2}},
+    "prefill_attention": {
+        (0, 0): {"ROWS": 32, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
+        (9, 0): {"ROWS": 128, "TOKENS": 32, "num_warps": 8, "num_stages": 2},
+    },
     "combine_splits": {(0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}},
     "prepare_questions": {
         (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
         (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
     },
     "encode": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1}},
+    "encode_wide": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 8, "num_stages": 1}},
     "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "gather_dense": {(0, 0): {"BLOCK": 32, "num_warps": 4, "num_stages": 1}},
@@ -31,9 +34,12 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
         (0, 0): {"TOKENS": 32, "COLUMNS": 1024, "num_warps": 4, "num_stages": 1},
         (8, 0): {"TOKENS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 1},
     },
-    "document_maxima": {(0, 0): {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}},
+    "document_maxima": {(0, 0): {"BLOCK": 1024, "RUN": 16, "num_warps": 4, "num_stages": 1}},
     "document_means": {(0, 0): {"BLOCK": 128, "num_warps": 1, "num_stages": 1}},
-    "top_documents": {(0, 0): {"BLOCK": 2048, "num_warps": 8, "num_stages": 1}},
+    "top_documents": {
+        (0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 1},
+        (8, 0): {"BLOCK": 2048, "num_warps": 8, "num_stages": 1},
+    },
 }
 _assumed_capability: list[tuple[int, int]] = []
 
