@@ -25,7 +25,7 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
         (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
     },
     "encode": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1}},
-    "encode_wide": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 8, "num_stages": 1}},
+    "encode_wide": {(0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1}},
     "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "gather_dense": {(0, 0): {"BLOCK": 32, "num_warps": 4, "num_stages": 1}},
