@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernel_cases import DEVICE, HEAD_DIMS, WIDTHS, poisoned, rms_ratio
 
-from msa_hf.kernels.route import route_scores
+from msa_hf.kernels.route import document_maxima, document_means, route_scores
+from msa_hf.kernels.top_documents import top_documents
+from msa_hf.modeling import ops
 from msa_hf.modeling.codebooks import codebook
 from msa_hf.modeling.turboquant import Transform, VectorQuantizer, dequantize, quantize, scale_table
 
@@ -106,3 +110,72 @@ def test_routing_compiles():
     compiled = torch.compile(route, fullgraph=True, backend="eager")
     ours = compiled(folded, mask, packed.codes, packed.scales)
     assert torch.equal(ours, route(folded, mask, packed.codes, packed.scales))
+
+
+def tied_scores(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Few different numbers, among them both zeros and -inf."""
+    numbers = torch.tensor([-torch.inf, -1e30, -2.5, -0.0, 0.0, 1e-40, 0.5, 3e30])
+    return numbers[torch.randint(0, len(numbers), shape, generator=generator)].to(DEVICE)
+
+
+def plain_documents(scores: torch.Tensor, counts: torch.Tensor, reduction: str) -> torch.Tensor:
+    return ops._segment(scores.t(), counts.to(DEVICE), reduction).t()
+
+
+def first_chunks(counts: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(DEVICE)
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+@pytest.mark.parametrize("counts", ([5], [0, 3, 0, 0, 4, 0], [1] * 300, [2000, 1, 0, 700, 16, 16, 3], [0, 0]))
+def test_scores_of_documents(batch, counts):
+    counts = torch.tensor(counts)
+    scores = torch.randn(batch, int(counts.sum()), device=DEVICE)
+    with poisoned():
+        best, mean = (reduce(scores, first_chunks(counts)) for reduce in (document_maxima, document_means))
+    assert torch.equal(best, plain_documents(scores, counts, "max"))
+    torch.testing.assert_close(mean, plain_documents(scores, counts, "mean"), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 80), st.integers(0, 2**31))
+def test_best_documents_of_any_memory(counts, k, seed):
+    counts = torch.tensor(counts)
+    scores = tied_scores(torch.Generator().manual_seed(seed), 2, int(counts.sum()))
+    documents = document_maxima(scores, first_chunks(counts))
+    assert torch.equal(documents, plain_documents(scores, counts, "max"))
+    check_best(documents, k)
+
+
+def check_best(scores: torch.Tensor, k: int) -> None:
+    with poisoned():
+        values, indices = top_documents(scores, k)
+    ordered, found = scores.sort(dim=1, descending=True, stable=True), min(k, scores.shape[1])
+    assert torch.equal(indices[:, :found], ordered.indices[:, :k])
+    assert torch.equal(values[:, :found], ordered.values[:, :k])
+    assert (indices[:, found:] == -1).all() and (values[:, found:] == -torch.inf).all()
+    assert values.shape == indices.shape == (len(scores), k)
+
+
+THREE_PASSES = ((30_000, 700),) if DEVICE.type == "cuda" else ((600, 20),)
+
+
+@pytest.mark.parametrize(
+    ("documents", "k"), (*THREE_PASSES, (1, 1), (5, 16), (129, 1), (300, 16), (3000, 2000), (0, 3), (7, 0))
+)
+def test_best_documents(documents, k):
+    generator = torch.Generator().manual_seed(documents)
+    check_best(torch.randn(2, documents, generator=generator).to(DEVICE), k)
+    check_best(tied_scores(generator, 1, documents), k)
+
+
+def test_document_operators_compile():
+    counts = torch.tensor([3, 0, 2])
+    scores, offsets = torch.randn(2, 5, device=DEVICE), first_chunks(counts)
+
+    def choose(scores):
+        values, indices = top_documents(document_maxima(scores, offsets), 2)
+        return values + 1, indices + document_means(scores, offsets).argmax(1, keepdim=True)
+
+    ours = torch.compile(choose, fullgraph=True, backend="eager")(scores)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(ours, choose(scores)))

@@ -1,9 +1,9 @@
-"""Routing scores: for every chunk the best token of each question, on dense or packed router keys.
+"""Routing scores: for every chunk the best token of each question, for every document its best chunk.
 
 Queries are summed over heads before (the mean over heads is linear), so a chunk costs one product of length W
 per question token. No tensor has both chunks and question tokens. Axis letters: B questions, T question
-tokens, G key/value heads, D head dim, W = G * D, C chunks, N bytes of a vector's codes, J = next power of 2
-of D, R rows of a tile of question tokens.
+tokens, G key/value heads, D head dim, W = G * D, C chunks, N documents (of codes: bytes of a vector), J =
+next power of 2 of D, R rows of a tile of question tokens.
 """
 
 from collections.abc import Sequence
@@ -328,3 +328,84 @@ def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, d
         **settings,
     )  # fmt: skip
     return prepared, affine, tile
+
+
+@triton.jit
+def document_maxima_kernel(
+    scores_ptr,  # [B, C]
+    offsets_ptr,  # [N + 1] int64
+    out_ptr,  # [B, N], -inf before
+    chunks,
+    documents,
+    steps,
+    BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Each chunk finds its document by bisection, and RUN chunks of one document count once.
+
+    Documents may have one chunk or 100,000, and neither programs nor writes to one place may be as many. A
+    maximum does not depend on the order of writes. Grid: (blocks of chunks, B).
+    """
+    run = tl.arange(0, BLOCK // RUN)
+    place = tl.program_id(0) * BLOCK + run[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    question = tl.program_id(1).to(tl.int64)
+    chunk = tl.minimum(place, chunks - 1)
+    owner, above = chunk * 0, chunk * 0 + documents
+    for _ in range(steps):
+        middle = (owner + above) // 2
+        begun = tl.load(offsets_ptr + middle) <= chunk
+        owner, above = tl.where(begun, middle, owner), tl.where(begun, above, middle)
+    scores = tl.load(scores_ptr + question * chunks + place, mask=place < chunks, other=-float("inf"))
+    scores = tl.where(scores == 0, 0.0, scores)  # as a whole number -0 lies below all others
+    first = tl.min(owner, axis=1)
+    alike = first == tl.max(owner, axis=1)
+    out_ptr += question * documents
+    tl.atomic_max(out_ptr + first, tl.max(scores, axis=1), mask=alike, sem="relaxed")
+    tl.atomic_max(out_ptr + owner, scores, mask=(place < chunks) & (alike == 0)[:, None], sem="relaxed")
+
+
+@triton.jit
+def document_means_kernel(scores_ptr, offsets_ptr, out_ptr, chunks, documents, BLOCK: tl.constexpr):
+    """Grid: (N, B): a sum in a fixed order, so that it does not differ from run to run."""
+    document, question = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, end = tl.load(offsets_ptr + document), tl.load(offsets_ptr + document + 1)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end, BLOCK):
+        chunk = start + tl.arange(0, BLOCK)
+        sums += tl.load(scores_ptr + question * chunks + chunk, mask=chunk < end, other=0.0)
+    mean = tl.sum(sums, axis=0) / tl.maximum(end - first, 1).to(tl.float32)
+    tl.store(out_ptr + question * documents + document, tl.where(end > first, mean, -float("inf")))
+
+
+def _empty_documents(chunk_scores, offsets):
+    return chunk_scores.new_empty(chunk_scores.shape[0], offsets.shape[0] - 1)
+
+
+@operator(fake=_empty_documents)
+def document_maxima(chunk_scores: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The best chunk score of every document: [B, C] float32 -> [B, N], -inf for a document without chunks.
+
+    `offsets` [N + 1] int64 says where the chunks of each document begin, and where the last ones end: at C.
+    """
+    (questions, chunks), documents = chunk_scores.shape, offsets.shape[0] - 1
+    out = torch.full((questions, documents), -torch.inf, dtype=torch.float32, device=chunk_scores.device)
+    if out.numel() and chunks:
+        settings = launch_parameters("document_maxima", chunk_scores.device)
+        document_maxima_kernel[(triton.cdiv(chunks, settings["BLOCK"]), questions)](
+            chunk_scores.contiguous(), offsets.contiguous(), out, chunks, documents, documents.bit_length(),
+            **settings,
+        )  # fmt: skip
+    return out
+
+
+@operator(fake=_empty_documents)
+def document_means(chunk_scores: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The mean chunk score of every document; otherwise like `document_maxima`."""
+    (questions, chunks), documents = chunk_scores.shape, offsets.shape[0] - 1
+    out = torch.empty(questions, documents, dtype=torch.float32, device=chunk_scores.device)
+    if out.numel():
+        document_means_kernel[(documents, questions)](
+            chunk_scores.contiguous(), offsets.contiguous(), out, chunks, documents,
+            **launch_parameters("document_means", chunk_scores.device),
+        )  # fmt: skip
+    return out
