@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this c
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
-from operands import Attention, Encoding, Gathering, Pooling, Routing, attention_calls  # noqa: E402
+from operands import Attention, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls  # noqa: E402
 
 from msa_hf import kernels  # noqa: E402
 from msa_hf.kernels import launch  # noqa: E402
@@ -79,6 +79,7 @@ def cases() -> list[Case]:
     found += [
         _route_case(dim, bits, dim == 128 and bits in (0, 4)) for dim in (64, 128) for bits in (0, 1, 2, 3, 4)
     ]
+    found += [_rank_case(operator) for operator in ("document_maxima", "document_means", "top_documents")]
     found += [_pool_case(dim) for dim in (64, 128)]
     found += [_gather_case(dim, bits) for dim in (64, 128) for bits in (0, 2, 3, 4)]
     return [case for case in found if case.operator in kernels.available]
@@ -142,6 +143,20 @@ def _pool_case(dim: int) -> Case:
         kernels.pool_chunks(**shape.arguments(CPU))
 
     return Case("pool_chunks", f"G 8, D {dim}, chunks of 64", run, quick=dim == 128)
+
+
+def _rank_case(operator: str) -> Case:
+    shape = Ranking(chunks=10_000, documents=5_000)
+
+    def run() -> None:
+        arguments = shape.arguments(CPU)
+        if operator == "top_documents":
+            arguments = {"scores": arguments["chunk_scores"], "k": shape.best}
+        getattr(kernels, operator)(**arguments)
+
+    return Case(
+        operator, f"{shape.best} best" if operator == "top_documents" else "1 question", run, quick=True
+    )
 
 
 def compiled(case: Case, target: str) -> tuple[list[Row], str]:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 import torch
 from end_to_end import Model, step_time
-from operands import Attention, Encoding, Gathering, Pooling, Routing, attention_calls
+from operands import Attention, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls
 from peers import (
     attention_twin,
     decoded_attention,
@@ -19,6 +19,7 @@ from peers import (
     gathering_twin,
     gemm_and_max,
     pooling_twin,
+    ranking_twin,
     reference_routing,
     routing_twin,
 )
@@ -190,6 +191,25 @@ def _routing_peers(result: Result, shape: Routing, session: Session) -> None:
     )
 
 
+def rank(session: Session) -> Iterator[Result]:
+    """The 16 best of 100,000 documents by their best chunks."""
+    shape = session.sized(Ranking(chunks=1_562_500, documents=100_000), chunks=300, documents=20, best=4)
+    sets = [shape.arguments(session.device, seed) for seed in range(3)]
+
+    def run(arguments: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.top_documents(kernels.document_maxima(**arguments), shape.best)
+
+    name = f"rank, {shape.chunks:,} chunks of {shape.documents:,} documents"
+    result = Result(name, nbytes=4 * shape.chunks)  # no tolerance: scores are compared, not computed
+    result.error = rms_ratio(run(sets[0])[0], ranking_twin(sets[0], shape.best)[0])
+    if result.right:
+        result.ours = session.stopwatch.time([partial(run, one) for one in sets])
+        result.peers["plain PyTorch"] = session.stopwatch.time(
+            [partial(ranking_twin, one, shape.best) for one in sets], graph=False
+        )
+    yield result
+
+
 def encode(session: Session) -> Iterator[Result]:
     """Keys and values of one layer, 32k tokens, at 4 bits with 8 bit scales."""
     for search in (1, 9):
@@ -290,5 +310,5 @@ def _freed(measurement: Callable[[Session], Iterator[Result]]) -> Callable[[Sess
 
 MEASUREMENTS = {
     function.__name__: _freed(function)
-    for function in (decode, prefill, route, encode, gather, pool, end_to_end)
+    for function in (decode, prefill, route, rank, encode, gather, pool, end_to_end)
 }

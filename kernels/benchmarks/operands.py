@@ -203,12 +203,12 @@ class Encoding:
 
     def arguments(self, keys: torch.Tensor, values: torch.Tensor, means: torch.Tensor) -> dict[str, Any]:
         """Of `kernels.encode`; its codings hold the buffers that it writes."""
-        transform = Transform.rotation("hadamard", (self.dim,))
+        turn = Transform.rotation("hadamard", (self.dim,)).encode.to(keys.device)
         table = scale_table()
         codings = []
         for states, quantizer in zip((keys, values), self.quantizers()):
             stored = states.shape[:3]
-            matrix, factor = kernels.matrix_parts(transform.encode.to(states.device), states.dtype)
+            matrix, factor = kernels.matrix_parts(turn, quantizer.parts[0][1], states.dtype)
             empty = {"dtype": torch.uint8, "device": states.device}
             codes = torch.empty(*stored, quantizer.code_bytes, **empty)
             scales = torch.empty(*stored, 1, **empty)
@@ -354,3 +354,21 @@ class Pooling:
             "chunk_sizes": [self.chunk] * 3,
             "totals": [sum(-(-length // self.chunk) for length in self.lengths)] * 3,
         }
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Chunk scores to the best documents: `document_maxima` or `document_means`, then `top_documents`."""
+
+    questions: int = 1
+    chunks: int = 1024
+    documents: int = 64
+    best: int = 16
+
+    def arguments(self, device: torch.device, seed: int = 0) -> dict[str, Any]:
+        """Of the first operator. Documents have very different lengths, some none."""
+        generator = torch.Generator(device).manual_seed(seed)
+        scores = torch.randn(self.questions, self.chunks, generator=generator, device=device)
+        cuts = torch.randint(self.chunks + 1, (self.documents - 1,), generator=generator, device=device)
+        ends = torch.tensor([0, self.chunks], device=device)
+        return {"chunk_scores": scores, "offsets": torch.cat([ends[:1], cuts.sort().values, ends[1:]])}

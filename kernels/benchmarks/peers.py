@@ -133,3 +133,9 @@ def pooling_twin(arguments: dict) -> list[torch.Tensor]:
         ops._pool_chunks(states.flatten(2), arguments["lengths"], size)
         for states, size in zip(arguments["states"], arguments["chunk_sizes"])
     ]
+
+
+def ranking_twin(arguments: dict, best: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and indices [B, k] of the documents with the best chunks, by plain PyTorch."""
+    scores = ops._segment(arguments["chunk_scores"].t(), arguments["offsets"].diff(), "max").t()
+    return tuple(scores.topk(best, dim=1))

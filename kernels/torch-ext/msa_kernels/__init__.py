@@ -13,18 +13,22 @@ if importlib.util.find_spec("triton") is not None:
     from .encode import Coding, encode, encode_states, matrix_parts, serves_encoding
     from .gather import gather_dense, gather_packed
     from .pool import pool_chunks
-    from .route import route_scores
+    from .route import document_maxima, document_means, route_scores
+    from .top_documents import top_documents
 
     available = (
         "decode_attention",
         "prefill_attention",
         "encode_states",
         "route_scores",
+        "document_maxima",
+        "document_means",
+        "top_documents",
         "gather_dense",
         "gather_packed",
         "pool_chunks",
     )
     __all__ += ["decode_attention", "prefill_attention"]
     __all__ += ["Coding", "encode", "encode_states", "matrix_parts", "serves_encoding"]
-    __all__ += ["route_scores"]
+    __all__ += ["route_scores", "document_maxima", "document_means", "top_documents"]
     __all__ += ["gather_dense", "gather_packed", "pool_chunks"]
