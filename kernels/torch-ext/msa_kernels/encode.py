@@ -173,6 +173,7 @@ def encode_states(
     wide = size > (64 if crowded else 128)
     block = launch_parameters("encode_wide" if wide else "encode", states[0].device)
     rows, most = block.pop("ROWS"), block.pop("TILES")
+    rows = rows // 2 if crowded and size > 128 else rows
     programs = batch * max(stored.shape[1] for stored in codes) * len(states)
     group = mean_group if means is not None else tokens
     tiles = triton.cdiv(min(group, tokens), rows)
@@ -223,9 +224,11 @@ def stretch_table(count: int, device: torch.device) -> torch.Tensor:
 
 
 def _depth(matrices: Sequence[torch.Tensor]) -> int:
-    """Rows of a matrix that a program holds at once: all, where its parts leave room in shared memory."""
+    """Rows of a matrix that a program holds at once: all, where they leave room in shared memory and, in
+    float32, in registers."""
     bytes_ = max(matrix[:, 0].nbytes for matrix in matrices)
-    return matrices[0].shape[-1] if bytes_ <= 65536 else 64
+    fits = bytes_ <= (16384 if matrices[0].dtype == torch.float32 else 65536)
+    return matrices[0].shape[-1] if fits else 32
 
 
 @triton.jit

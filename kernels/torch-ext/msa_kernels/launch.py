@@ -13,10 +13,11 @@ import torch
 PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     "decode_attention": {
         (0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
+        (8, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 224},
         (9, 0): {"ROWS": 16, "TOKENS": 128, "num_warps": 4, "num_stages": 3},
     },
     "prefill_attention": {
-        (0, 0): {"ROWS": 32, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
+        (0, 0): {"ROWS": 32, "TOKENS": 32, "num_warps": 4, "num_stages": 2},
         (9, 0): {"ROWS": 128, "TOKENS": 32, "num_warps": 8, "num_stages": 2},
     },
     "combine_splits": {(0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}},
@@ -24,7 +25,11 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
         (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
         (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
     },
-    "encode": {(0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1}},
+    "encode": {
+        (0, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1},
+        (8, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1},
+        (9, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1},
+    },
     "encode_wide": {(0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1}},
     "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
     "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
