@@ -5,7 +5,7 @@ import torch
 from kernel_cases import DEVICE, HEAD_DIMS, LENGTHS, poisoned, rms_ratio
 
 from msa_hf.kernels.pool import pool_chunks
-from msa_hf.modeling import ops
+from msa_hf.modeling import routing_products
 
 FULL_PRECISION = 1e-6
 HALF_PRECISION = 1e-3
@@ -24,7 +24,7 @@ def pooled(states: list[torch.Tensor], lengths: list[int], sizes: list[int]) -> 
 
 
 def plain(states: torch.Tensor, lengths: list[int], size: int) -> torch.Tensor:
-    return ops._pool_chunks(states.flatten(2), torch.tensor(lengths), size)
+    return routing_products.pool_chunks(states.flatten(2), torch.tensor(lengths), size)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

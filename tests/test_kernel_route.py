@@ -8,7 +8,7 @@ from kernel_cases import DEVICE, HEAD_DIMS, WIDTHS, poisoned, rms_ratio
 
 from msa_hf.kernels.route import document_maxima, document_means, route_scores
 from msa_hf.kernels.top_documents import top_documents
-from msa_hf.modeling import ops
+from msa_hf.modeling import routing_products
 from msa_hf.modeling.codebooks import codebook
 from msa_hf.modeling.turboquant import Transform, VectorQuantizer, dequantize, quantize, scale_table
 
@@ -119,7 +119,7 @@ def tied_scores(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 def plain_documents(scores: torch.Tensor, counts: torch.Tensor, reduction: str) -> torch.Tensor:
-    return ops._segment(scores.t(), counts.to(DEVICE), reduction).t()
+    return routing_products.segment_scores(scores.t(), counts.to(DEVICE), reduction).t()
 
 
 def first_chunks(counts: torch.Tensor) -> torch.Tensor:

@@ -31,8 +31,15 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
         (9, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1},
     },
     "encode_wide": {(0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1}},
-    "route_packed": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
-    "route_dense": {(0, 0): {"BLOCK": 128, "num_warps": 4, "num_stages": 3}},
+    "route_packed": {
+        (0, 0): {"BLOCK": 128, "ROWS": 32, "num_warps": 4, "num_stages": 3},
+        (8, 0): {"BLOCK": 64, "ROWS": 32, "num_warps": 4, "num_stages": 3},
+        (9, 0): {"BLOCK": 128, "ROWS": 128, "num_warps": 4, "num_stages": 3},
+    },
+    "route_dense": {
+        (0, 0): {"BLOCK": 128, "ROWS": 32, "num_warps": 4, "num_stages": 3},
+        (9, 0): {"BLOCK": 128, "ROWS": 128, "num_warps": 4, "num_stages": 3},
+    },
     "gather_dense": {(0, 0): {"BLOCK": 32, "num_warps": 4, "num_stages": 1}},
     "gather_packed": {(0, 0): {"BLOCK": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 2}},
     "pool_chunks": {

@@ -19,7 +19,6 @@ from .lookup import assembly_for, byte_tables
 from .registration import TRITON_TYPES, interpreted, operator
 
 DENSE_STEP = 64  # channels of a dense key in one product
-MOST_QUESTION_ROWS = 128
 MOST_QUESTION_NUMBERS = 1 << 14  # of a tile of question tokens and the channels of one product: 32 KB
 
 
@@ -259,8 +258,9 @@ def _route_dense(out, folded, question_mask, keys):
     chunks, width = keys.shape
     kind = torch.float32 if interpreted() else keys.dtype
     padded = triton.cdiv(width, DENSE_STEP) * DENSE_STEP
-    prepared, affine, tile = _prepare_questions(folded, question_mask, None, 0, padded, kind)
     settings = launch_parameters("route_dense", folded.device)
+    most = settings.pop("ROWS")
+    prepared, affine, tile = _prepare_questions(folded, question_mask, None, 0, padded, kind, most)
     if keys.dtype == torch.float32:
         settings["BLOCK"] //= 2
     grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
@@ -282,8 +282,11 @@ def _route_packed(out, folded, question_mask, codes, scales, centroids, levels):
     device, interpreting, joined = folded.device, interpreted(), triton.next_power_of_2(dim)
     channels = operand_channels(dim, bits, device)
     kind = torch.float32 if interpreting else torch.float16
-    prepared, affine, tile = _prepare_questions(folded, question_mask, channels, dim, heads * joined, kind)
     settings = launch_parameters("route_packed", device)
+    most = max(16, min(settings.pop("ROWS"), MOST_QUESTION_NUMBERS // joined))
+    prepared, affine, tile = _prepare_questions(
+        folded, question_mask, channels, dim, heads * joined, kind, most
+    )
     settings["BLOCK"] = max(64, settings["BLOCK"] // max(1, joined // 128, tile[0] * tile[1] // 64))
     grid = (triton.cdiv(chunks, settings["BLOCK"]), prepared.shape[0])
     route_packed_kernel[grid](
@@ -305,16 +308,13 @@ def _bytes_at_once(codes, joined: int, bits: int) -> int:
     return min(max(4, joined // CODES_PER_BYTE[bits] // 4), aligned & -aligned)
 
 
-def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, dtype: torch.dtype):
+def _prepare_questions(folded, question_mask, channels, dim: int, padded: int, dtype: torch.dtype, most: int):
     """What `prepare_questions_kernel` writes ([question tiles, token tiles, R, padded], [2, rows]), and the
     `question_tile`."""
     questions, tokens, width = folded.shape
     if folded.stride(2) != 1:
         folded = folded.contiguous()
-    columns = DENSE_STEP if channels is None else len(channels)
-    tile = question_tile(
-        questions, tokens, max(16, min(MOST_QUESTION_ROWS, MOST_QUESTION_NUMBERS // columns))
-    )
+    tile = question_tile(questions, tokens, most)
     shape = (triton.cdiv(questions, tile[0]), triton.cdiv(tokens, tile[1]), tile[0] * tile[1], padded)
     prepared = torch.empty(shape, dtype=dtype, device=folded.device)
     rows = prepared.numel() // padded
