@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .ops import code_scores, code_sums
+from .ops import code_scores, code_sums, packed_attention
 from .packed_states import LayerView
 
 NAME = "turboquant"
@@ -52,6 +52,10 @@ def turboquant_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not view.packed_length and softcap is None and s_aux is None:
         return _dense_attention(module, query, view, attention_mask, causal, scaling, dropout, **kwargs)
+    if view.packed_length:
+        output = packed_attention(query, view, attention_mask, causal, scaling, softcap, s_aux)
+        if output is not None:
+            return output, None
     batch, heads, tokens, _ = query.shape
     at_once = max(1, _SCORES_AT_ONCE // (batch * heads * view.length))
     outputs = []

@@ -41,13 +41,12 @@ def kernel_attention(
     mask: torch.Tensor | None,
     scaling: float,
     softcap: float | None,
-    window: int | None,
 ) -> torch.Tensor:
     """Attention [B, Q, H, D] of query [B, H, Q, D] on a layer that `unserved` has nothing against.
 
     Args:
         kernels: the package with `decode_attention` and `prefill_attention`.
-        mask: [B, T] bool of real tokens, None for all. window: tokens that a query sees, None for all.
+        mask: [B, T] bool of real tokens, None for all.
     """
     batch, heads, tokens, dim = query.shape
     out = torch.empty(batch, tokens, heads, dim, dtype=query.dtype, device=query.device)
@@ -75,7 +74,7 @@ def kernel_attention(
             mask,
             scaling,
             softcap or 0.0,
-            window or 0,
+            0,
         )
     return out
 

@@ -13,7 +13,7 @@ from .configuration_msa import MemorySettings
 from .errors import MemoryMismatchError
 from .lexical import LexicalIndex
 from .memory_files import read_memory, write_memory
-from .ops import document_scores
+from .ops import document_scores, memory_prefix
 
 
 class DenseVectors:
@@ -148,15 +148,12 @@ class MemoryBank:
         memory, settings = self.layers[layer], self.settings
         ids = [chosen.sort().values.to(self.chunk_counts.device) for chosen in documents]
         totals = torch.stack([self.chunk_counts[chosen].sum() for chosen in ids])
-        rows = segment_rows(self._first_chunk, torch.cat(ids)).to(memory.keys.data.device)
-        mask = (torch.arange(int(totals.max())) < totals[:, None]).to(rows.device)
-        shape = (*mask.shape, settings.num_key_value_heads, settings.head_dim)
-
-        def padded(vectors: torch.Tensor) -> torch.Tensor:
-            out = vectors.new_zeros(*mask.shape, vectors.shape[1])
-            return out.masked_scatter(mask[..., None], vectors).view(shape).transpose(1, 2)
-
-        return padded(memory.keys.take(rows)), padded(memory.values.take(rows)), mask
+        device = memory.keys.data.device
+        mask = torch.arange(int(totals.max())) < totals[:, None]
+        rows = torch.full(mask.shape, -1, dtype=torch.int64)
+        rows = rows.masked_scatter(mask, segment_rows(self._first_chunk, torch.cat(ids))).to(device)
+        keys, values = memory_prefix(memory.keys, memory.values, rows, settings.num_key_value_heads)
+        return keys, values, mask.to(device)
 
     def to(self, device: torch.device | str) -> "MemoryBank":
         """Moves the vectors to `device`, in place."""

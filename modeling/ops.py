@@ -5,27 +5,31 @@ tokens, H query heads, G key/value heads, D head dim, W = G * D, C chunks, N doc
 """
 
 import logging
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.nn import functional as F
 
 from .code_products import code_scores as plain_code_scores
 from .code_products import code_sums as plain_code_sums
 from .code_products_compiled import centroid_scores as compiled_centroid_scores
 from .code_products_compiled import centroid_sums as compiled_centroid_sums
 from .code_products_compiled import serves as compiled_serves
+from .kernel_attention import kernel_attention, unserved
+from .kernel_memory import dense_rows, kernel_document_scores, kernel_pool_chunks, unserved_routing
+from .packed_states import LayerView
+from .routing_products import document_scores as plain_document_scores
+from .routing_products import pool_chunks as plain_pool_chunks
+from .triton_ops import load_kernels
 
 logger = logging.getLogger(__name__)
 
-_TILE_ELEMENTS = (
-    1 << 23
-)  # scores held at once while routing: 32 MB in float32, whatever the number of heads or chunks
+Result = TypeVar("Result")
 OPERATIONS = ("pool_chunks", "document_scores", "code_scores", "code_sums")
 _overrides: dict[str, Callable] = {}
+
+_kernels: dict[str, Any] = {"choice": None, "loaded": None, "failure": None}
 
 # Compiling takes some 10 s once per process and then saves about half a nanosecond per number of the cache
 # that is read, so it pays from here on. Nothing shorter ever waits for a compiler.
@@ -37,9 +41,11 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
     """Name of the implementation that runs on `device`, and why."""
     if _overrides:
         return "override", f"replaced by ops.override: {', '.join(sorted(_overrides))}"
-    kind = torch.device(device).type
-    if kind != "cpu":
-        return "torch", f"plain PyTorch is the only implementation installed for {kind}"
+    device = torch.device(device)
+    if (kernels := kernels_for(device)) is not None:
+        return "triton", f"Triton kernels: {', '.join(kernels.available)}; everything else as plain PyTorch"
+    if device.type != "cpu":
+        return "torch", f"plain PyTorch, because {_why_no_kernels(device)}"
     if _compiled["choice"] is False:
         return "torch", "plain PyTorch, as ops.use_compiled(False) says"
     if _compiled["failure"]:
@@ -51,6 +57,55 @@ def backend(device: torch.device | str = "cpu") -> tuple[str, str]:
             "ops.use_compiled(True) compiles at once"
         )
     return "compiled", "products with codes run as C++ from torch.compile, everything else as plain PyTorch"
+
+
+def use_kernels(choice: bool | None) -> None:
+    """Chooses whether Triton kernels run.
+
+    None, the default: on CUDA devices, where triton is installed. False: nowhere. True: everywhere, which on
+    a CPU needs Triton's interpreter (TRITON_INTERPRET=1) and is for tests. A kernel that fails is reported
+    once, and plain PyTorch goes on for the rest of the process.
+    """
+    _kernels.update(choice=choice, failure=None, loaded=None)
+
+
+def kernels_for(device: torch.device) -> Any | None:
+    """The kernels that run on `device`, or None; `backend` tells why."""
+    wanted = device.type == "cuda" if _kernels["choice"] is None else _kernels["choice"]
+    if not wanted or _kernels["failure"]:
+        return None
+    if _kernels["loaded"] is None:
+        try:
+            _kernels["loaded"] = load_kernels()
+        except Exception as error:  # triton is absent, or one that these kernels cannot be built with
+            _note_failure(error)
+    return _kernels["loaded"]
+
+
+def with_kernels(device: torch.device, run: Callable[[Any], Result]) -> Result | None:
+    """run(kernels), or None where there are none for the device or they fail."""
+    kernels = kernels_for(device)
+    if kernels is None:
+        return None
+    try:
+        return run(kernels)
+    except Exception as error:  # a compiler, a driver or a launch: the plain product is right
+        _note_failure(error)
+        return None
+
+
+def _note_failure(error: Exception) -> None:
+    lines = str(error).strip().splitlines() or [""]
+    _kernels.update(failure=f"{type(error).__name__}: {lines[0]}", loaded=None)
+    logger.warning("plain PyTorch goes on without Triton kernels, because of %s", _kernels["failure"])
+
+
+def _why_no_kernels(device: torch.device) -> str:
+    if _kernels["failure"]:
+        return f"the Triton kernels failed: {_kernels['failure']}"
+    if _kernels["choice"] is False:
+        return "ops.use_kernels(False) says so"
+    return f"there are no kernels for {device.type} devices"
 
 
 def use_compiled(choice: bool | None) -> None:
@@ -89,7 +144,12 @@ def pool_chunks(states: torch.Tensor, lengths: torch.Tensor, chunk_size: int) ->
     Returns:
         [sum over rows of ceil(length / chunk_size), W] in the dtype of `states`, row after row.
     """
-    return _overrides.get("pool_chunks", _pool_chunks)(states, lengths, chunk_size)
+    if run := _overrides.get("pool_chunks"):
+        return run(states, lengths, chunk_size)
+    pooled = None
+    if lengths.device.type == "cpu" and not _differentiated(states):
+        pooled = with_kernels(states.device, lambda k: kernel_pool_chunks(k, states, lengths, chunk_size))
+    return plain_pool_chunks(states, lengths, chunk_size) if pooled is None else pooled
 
 
 def document_scores(
@@ -117,8 +177,67 @@ def document_scores(
     Returns:
         [B, N] float32.
     """
-    run = _overrides.get("document_scores", _document_scores)
-    return run(queries, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction)
+    arguments = (
+        queries,
+        question_mask,
+        keys,
+        chunk_counts,
+        head_reduction,
+        query_reduction,
+        chunk_reduction,
+    )
+    if run := _overrides.get("document_scores"):
+        return run(*arguments)
+    scores = None
+    if not _differentiated(queries) and not unserved_routing(keys, head_reduction, query_reduction):
+        scores = with_kernels(queries.device, lambda kernels: kernel_document_scores(kernels, *arguments))
+    return plain_document_scores(*arguments) if scores is None else scores
+
+
+def memory_prefix(keys, values, rows: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [B, G, P, D] of rows of a bank; zeros where a row is negative.
+
+    Args:
+        keys, values: vector storages of C rows [W] (see `memory_bank.DenseVectors`), pooled keys and values.
+        rows: [B, P] int64. heads: G.
+    """
+    prefix, dense = None, dense_rows(keys, values)
+    if dense is not None and not _differentiated(*dense):
+        prefix = with_kernels(rows.device, lambda kernels: kernels.gather_dense(*dense, rows, heads))
+    if prefix is not None:
+        return prefix
+    absent, index = (rows < 0)[..., None], rows.clamp_min(0).flatten()
+    taken = (states.take(index).view(*rows.shape, states.width) for states in (keys, values))
+    return tuple(
+        own.masked_fill(absent, 0).unflatten(-1, (heads, own.shape[-1] // heads)).transpose(1, 2)
+        for own in taken
+    )
+
+
+def packed_attention(
+    query: torch.Tensor,
+    view: LayerView,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """Attention [B, Q, H, D] on packed keys and values in one operation, where there is one; else None.
+
+    Arguments as of `attention_turboquant.turboquant_attention`.
+    """
+    if kernels_for(query.device) is None or _differentiated(query, view.keys, view.values):
+        return None
+    if _overrides or unserved(view, mask, causal, sinks):
+        return None
+    return with_kernels(
+        query.device, lambda kernels: kernel_attention(kernels, query, view, mask, scaling, softcap)
+    )
+
+
+def _differentiated(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def code_scores(queries: torch.Tensor, packed) -> torch.Tensor:
@@ -152,93 +271,3 @@ def _code_product(kind: int, states: torch.Tensor, packed) -> torch.Tensor:
         _compiled["failure"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         logger.warning("decode steps go on in plain PyTorch, because %s", _compiled["failure"])
         return plain(states, packed)
-
-
-def _pool_chunks(states, lengths, chunk_size):
-    rows, tokens, width = states.shape
-    chunks = -(-tokens // chunk_size)
-    lengths = lengths.to(states.device)
-    counts = (lengths[:, None] - chunk_size * torch.arange(chunks, device=states.device)).clamp(0, chunk_size)
-    valid = torch.arange(tokens, device=states.device) < lengths[:, None]
-    sums = states.float().masked_fill(~valid[..., None], 0.0)
-    sums = F.pad(sums, (0, 0, 0, chunks * chunk_size - tokens)).view(rows, chunks, chunk_size, width).sum(2)
-    return (sums / counts.clamp(min=1)[..., None])[counts > 0].to(states.dtype)
-
-
-def _document_scores(
-    queries, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction
-):
-    batch, heads, tokens, head_dim = queries.shape
-    groups = keys.width // head_dim
-    question_mask = question_mask.to(queries.device, torch.bool)
-    if query_reduction == "last":
-        last = (question_mask * torch.arange(1, tokens + 1, device=queries.device)).argmax(1)
-        queries = queries[torch.arange(batch, device=queries.device), :, last][:, :, None]
-        question_mask = question_mask.new_ones(batch, 1)
-    # [B, H, T, D] -> [S, B, T, W]: S = 1 summed query per token if the mean over heads folds, else one per
-    # head of a group.
-    grouped = queries.unflatten(1, (groups, heads // groups))
-    if head_reduction == "mean":
-        folded = grouped.sum(2, keepdim=True).div(heads).permute(2, 0, 3, 1, 4).flatten(3)
-    else:
-        folded = grouped.permute(2, 0, 3, 1, 4)  # [H / G, B, T, G, D]
-    if query_reduction == "mean" and head_reduction == "mean":
-        weights = question_mask.to(folded.dtype) / question_mask.sum(1, keepdim=True)
-        folded, question_mask = (
-            (folded * weights[..., None]).sum(2, keepdim=True),
-            question_mask[:, :1] | True,
-        )
-    folded = folded.to(keys.dtype)
-    chunk_counts = chunk_counts.to(queries.device)
-    offsets = F.pad(chunk_counts.cumsum(0), (1, 0)).tolist()
-    budget = max(1, _TILE_ELEMENTS // (batch * folded.shape[2]))
-    reductions = (head_reduction, query_reduction, chunk_reduction)
-    scores = []
-    for start, stop in _document_tiles(offsets, budget):
-        tile = keys.slice(offsets[start], offsets[stop])
-        scores.append(_tile_scores(folded, question_mask, tile, chunk_counts[start:stop], *reductions))
-    return torch.cat(scores, 1) if scores else queries.new_zeros(batch, 0, dtype=torch.float32)
-
-
-def _document_tiles(offsets: list[int], budget: int) -> Iterator[tuple[int, int]]:
-    """Ranges of whole documents with at most `budget` chunks together (a longer document is a tile alone)."""
-    start, documents = 0, len(offsets) - 1
-    while start < documents:
-        stop = max(start + 1, bisect_right(offsets, offsets[start] + budget) - 1)
-        yield start, stop
-        start = stop
-
-
-def _tile_scores(folded, question_mask, keys, chunk_counts, head_reduction, query_reduction, chunk_reduction):
-    """[B, n] scores of the n documents whose chunks are `keys` [c, W]; see `document_scores`."""
-    batch, tokens = question_mask.shape
-    outside = ~question_mask
-    if head_reduction == "mean":
-        similarity = (keys @ folded[0].flatten(0, 1).t()).float().unflatten(1, (batch, tokens))  # [c, B, T]
-    else:
-        by_head = keys.unflatten(1, folded.shape[3:])  # [c, G, D]
-        similarity = torch.full((len(keys), batch, tokens), -torch.inf, device=keys.device)
-        for group in range(folded.shape[3]):
-            for member in folded[:, :, :, group]:
-                head = (by_head[:, group] @ member.flatten(0, 1).t()).float().unflatten(1, (batch, tokens))
-                similarity = torch.maximum(similarity, head)
-    if query_reduction == "maxsim":
-        best = _segment(similarity.flatten(1), chunk_counts, "max").unflatten(1, (batch, tokens))
-        total = best.masked_fill(outside, 0.0).sum(2) / question_mask.sum(1)
-        return total.t()
-    if query_reduction == "mean":
-        chunk_scores = similarity.masked_fill(outside, 0.0).sum(2) / question_mask.sum(1)
-    else:
-        chunk_scores = similarity.masked_fill(outside, -torch.inf).amax(2)
-    return _segment(chunk_scores, chunk_counts, chunk_reduction).t()
-
-
-def _segment(values: torch.Tensor, lengths: torch.Tensor, reduction: str) -> torch.Tensor:
-    """[c, X] -> [n, X]: max or mean over consecutive segments; -inf for an empty segment."""
-    owners = torch.repeat_interleave(torch.arange(len(lengths), device=values.device), lengths)
-    index = owners[:, None].expand_as(values)
-    if reduction == "max":
-        empty = values.new_full((len(lengths), values.shape[1]), -torch.inf)
-        return empty.scatter_reduce(0, index, values, "amax")  # parallel on a CPU, unlike segment_reduce
-    sums = values.new_zeros(len(lengths), values.shape[1]).scatter_add(0, index, values)
-    return (sums / lengths.clamp(min=1)[:, None]).masked_fill((lengths == 0)[:, None], -torch.inf)

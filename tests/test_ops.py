@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from msa_hf.modeling import ops
+from msa_hf.modeling import ops, routing_products
 from msa_hf.modeling.cache_memory import top_documents
 from msa_hf.modeling.lexical import LexicalIndex
 from msa_hf.modeling.memory_bank import DenseVectors
@@ -62,14 +62,14 @@ def test_document_scores_equal_the_naive_twin_whatever_the_tile(
     keys = torch.randn(sum(counts), groups * HEAD_DIM, generator=generator)
     mask = torch.rand(batch, tokens, generator=generator) < 0.6
     mask[torch.arange(batch), torch.randint(tokens, (batch,), generator=generator)] = True
-    before, ops._TILE_ELEMENTS = ops._TILE_ELEMENTS, tile
+    before, routing_products.TILE_ELEMENTS = routing_products.TILE_ELEMENTS, tile
     try:
         names = dict(zip(("head_reduction", "query_reduction", "chunk_reduction"), reductions))
         scores = ops.document_scores(
             queries, mask, DenseVectors(keys), torch.tensor(counts, dtype=torch.int64), **names
         )
     finally:
-        ops._TILE_ELEMENTS = before
+        routing_products.TILE_ELEMENTS = before
     assert scores.shape == (batch, len(counts)) and scores.dtype == torch.float32
     torch.testing.assert_close(
         scores, naive_scores(queries, mask, keys, counts, *reductions), atol=1e-5, rtol=1e-5
@@ -162,9 +162,11 @@ def test_override_replaces_an_operation_and_backend_says_so():
 def test_routing_holds_no_tensor_per_head_and_token(monkeypatch):
     """Peak of the scores' tile does not depend on the number of heads."""
     largest = []
-    original = ops._segment
-    monkeypatch.setattr(ops, "_segment", lambda v, *rest: largest.append(v.numel()) or original(v, *rest))
-    monkeypatch.setattr(ops, "_TILE_ELEMENTS", 1000)
+    original = routing_products.segment_scores
+    monkeypatch.setattr(
+        routing_products, "segment_scores", lambda v, *rest: largest.append(v.numel()) or original(v, *rest)
+    )
+    monkeypatch.setattr(routing_products, "TILE_ELEMENTS", 1000)
     keys = DenseVectors(F.normalize(torch.randn(4000, 16), dim=1))
     for heads in (4, 16, 64):
         queries, mask = torch.randn(1, heads, 10, HEAD_DIM), torch.ones(1, 10, dtype=torch.bool)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from msa_hf.modeling import ops
+from msa_hf.modeling import routing_products
 from msa_hf.modeling.bit_packing import unpack
 from msa_hf.modeling.packed_states import LayerView
 from msa_hf.modeling.turboquant import PackedVectors, Transform
@@ -130,12 +130,12 @@ def gathering_twin(shape: Gathering, arguments: dict) -> tuple[torch.Tensor, ...
 def pooling_twin(arguments: dict) -> list[torch.Tensor]:
     """Means of chunks by plain PyTorch."""
     return [
-        ops._pool_chunks(states.flatten(2), arguments["lengths"], size)
+        routing_products.pool_chunks(states.flatten(2), arguments["lengths"], size)
         for states, size in zip(arguments["states"], arguments["chunk_sizes"])
     ]
 
 
 def ranking_twin(arguments: dict, best: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices [B, k] of the documents with the best chunks, by plain PyTorch."""
-    scores = ops._segment(arguments["chunk_scores"].t(), arguments["offsets"].diff(), "max").t()
+    scores = routing_products.segment_scores(arguments["chunk_scores"].t(), arguments["offsets"].diff(), "max").t()
     return tuple(scores.topk(best, dim=1))
