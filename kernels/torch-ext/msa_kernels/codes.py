@@ -124,11 +124,12 @@ def load_centroids(
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 2)
         if ASSEMBLY == "":
             return _joined(_shifted(codes, table_ptr, 0, 4, TYPE), _shifted(codes, table_ptr, 4, 4, TYPE))
-        words = tl.inline_asm_elementwise(
-            ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [codes, word0, word1, word2, word3], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
-        return _halves(words, TYPE)
+        else:
+            words = tl.inline_asm_elementwise(
+                ASSEMBLY, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [codes, word0, word1, word2, word3], dtype=tl.int32, is_pure=True, pack=4,
+            )  # fmt: skip
+            return _halves(words, TYPE)
     elif BITS == 2:
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 4)
         if ASSEMBLY == "":
@@ -138,11 +139,12 @@ def load_centroids(
                 _shifted(codes, table_ptr, 4, 2, TYPE),
                 _shifted(codes, table_ptr, 6, 2, TYPE),
             )
-        a, b = tl.inline_asm_elementwise(
-            ASSEMBLY, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [codes, word0, word1, word2, word3], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
-        )  # fmt: skip
-        return _halves(_joined(a, b), TYPE)
+        else:
+            a, b = tl.inline_asm_elementwise(
+                ASSEMBLY, "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [codes, word0, word1, word2, word3], dtype=(tl.int32, tl.int32), is_pure=True, pack=4,
+            )  # fmt: skip
+            return _halves(_joined(a, b), TYPE)
     elif BITS == 1:
         codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 8)
         if ASSEMBLY == "":
@@ -159,13 +161,14 @@ def load_centroids(
                 _shifted(codes, table_ptr, 7, 1, TYPE),
             )
             return _joined(even, odd)
-        a, b, c, d = tl.inline_asm_elementwise(
-            ASSEMBLY,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [codes, word0, word1, word2, word3],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
-        )  # fmt: skip
-        return _halves(_joined_four(a, b, c, d), TYPE)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [codes, word0, word1, word2, word3],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
+            )  # fmt: skip
+            return _halves(_joined_four(a, b, c, d), TYPE)
     elif BITS == 3:
         SIZE: tl.constexpr = WIDTH // 8
         low0 = _load_bytes(row_ptr, row_ok, 0, SIZE)
@@ -185,13 +188,14 @@ def load_centroids(
                 _three_bit_tile(low1, high, table_ptr, 3, 1, TYPE),
             )
             return _joined(even, odd)
-        a, b, c, d = tl.inline_asm_elementwise(
-            ASSEMBLY,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [low0, low1, high, word0, word1, word2, word3],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
-        )  # fmt: skip
-        return _halves(_joined_four(a, b, c, d), TYPE)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(
+                ASSEMBLY,
+                "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+                [low0, low1, high, word0, word1, word2, word3],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=4,
+            )  # fmt: skip
+            return _halves(_joined_four(a, b, c, d), TYPE)
     else:  # 5 and 6 bits: every channel loads its bytes by itself
         PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
         channel = tl.arange(0, PADDED)
