@@ -26,16 +26,22 @@ class GrowingTensor:
 
     def append(self, rows: torch.Tensor, expected: int = 0) -> None:
         """Adds rows [B, G, T, ...]; `expected` is how many rows there will be at least, if that is known."""
-        length = self.length + rows.shape[2]
+        begin = self.length
+        self.extend(rows.shape[2], rows, expected)
+        self.buffer[:, :, begin : self.length] = rows
+
+    def extend(self, count: int, like: torch.Tensor, expected: int = 0) -> None:
+        """Adds `count` rows such as `like` [B, G, any, ...] has, for the caller to write: until then, they
+        hold anything."""
+        length = self.length + count
         if self.buffer is None or length > self.buffer.shape[2]:
-            batch, heads, _, *rest = rows.shape
+            batch, heads, _, *rest = like.shape
             room = max(length, expected, self.length * 9 // 8)
-            grown = rows.new_empty(batch, heads, room, *rest)
+            grown = like.new_empty(batch, heads, room, *rest)
             if self.length:
                 grown[:, :, : self.length] = self.view()
             self.buffer = grown
         self.buffer = writable(self.buffer)
-        self.buffer[:, :, self.length : length] = rows
         self.length = length
 
     def view(self) -> torch.Tensor:

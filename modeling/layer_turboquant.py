@@ -7,95 +7,19 @@ T tokens, G key/value heads, D head dim, P packed tokens, L recent tokens.
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from .cache_settings import CacheSettings, HeadCoding
+from .cache_settings import CacheSettings
 from .fitted_transforms import FittedTransforms
 from .growing_tensor import GrowingTensor, writable
-from .packed_states import ExactTokens, HeadCodes, LayerView, PackedStates
-from .turboquant import PackedVectors
+from .kernel_encoding import kernel_encoding, unserved_encoding
+from .ops import kernels_for, with_kernels
+from .packed_heads import FirstTokens, PackedHeads
+from .packed_states import ExactTokens, LayerView, PackedStates
 
 PACKED_AT_ONCE = 512  # tokens, where keys keep their mean
-
-
-@dataclass(frozen=True)
-class FirstTokens:
-    """Tokens that decide for all later ones of their rows, at the beginning of a slice [B, G, T, D].
-
-    Args:
-        rows: [B or 1], the rows whose first real tokens are in the slice.
-        real: [B or 1, F], which of its first F tokens are not padding; all, in rows with nothing but padding.
-    """
-
-    rows: torch.Tensor
-    real: torch.Tensor
-
-    def of(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[B, G, F, D], NaN where there is padding."""
-        chosen = vectors[:, :, : self.real.shape[1]]
-        return chosen.masked_fill(~self.real[:, None, :, None], torch.nan)
-
-    def settle(self, old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-        """What now holds: [B, ...], `new` for `rows` and for those that had nothing."""
-        return new if old is None else torch.where(self.rows.view(-1, *[1] * (new.ndim - 1)), new, old)
-
-
-class PackedHeads:
-    """Growing storage of some heads' codes."""
-
-    def __init__(self, coding: HeadCoding, heads: int, device: torch.device):
-        self.coding, self.codes, self.scales = coding, GrowingTensor(), GrowingTensor()
-        everything = coding.heads == tuple(range(heads))
-        self.heads = None if everything else torch.tensor(coding.heads, device=device)
-        self.order: torch.Tensor | None = None
-        self.gain: torch.Tensor | None = None
-
-    def append(self, vectors: torch.Tensor, first: FirstTokens | None, expected: int = 0) -> None:
-        """Packs vectors [B, G, T, D] float64 of all heads; the `first` ones decide gain and order of
-        channels.
-
-        There will be `expected` tokens at least.
-        """
-        if self.heads is not None:
-            vectors = vectors.index_select(1, self.heads)
-        if self.coding.quantizer.scale_dtype == torch.uint8:
-            if first is not None:
-                self.gain = first.settle(self.gain, _typical_scale(first.of(vectors)))
-            vectors = vectors / self.gain
-        if self.coding.sort_channels:
-            if first is not None:
-                energy = first.of(vectors).square().nanmean(dim=2)
-                self.order = first.settle(self.order, energy.argsort(dim=-1, descending=True, stable=True))
-            vectors = vectors.gather(-1, self.order[:, :, None].expand_as(vectors))
-        transform = self.coding.transform.to(vectors.device)
-        packed = self.coding.quantizer.encode(vectors @ transform.encode)
-        self.codes.append(packed.codes, expected)
-        self.scales.append(packed.scales, expected)
-
-    def view(self) -> HeadCodes:
-        packed = PackedVectors(self.codes.view(), self.scales.view(), self.coding.quantizer)
-        numbers = None if self.heads is None else self.coding.heads
-        return HeadCodes(packed, self.coding.transform, self.heads, self.order, self.gain, numbers)
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Applies `change`, which acts on the batch or the device, to everything stored."""
-        for stored in self.storage():
-            stored.map(change)
-        self.order = None if self.order is None else change(self.order)
-        self.gain = None if self.gain is None else change(self.gain)
-
-    def storage(self) -> tuple[GrowingTensor, GrowingTensor]:
-        return self.codes, self.scales
-
-
-def _typical_scale(vectors: torch.Tensor) -> torch.Tensor:
-    """[B, h, 1, 1] float32: the power of 2 nearest to the median size of a coordinate of vectors [B, h, T,
-    D]."""
-    size = vectors.square().mean(dim=-1).nanmedian(dim=2).values.sqrt().clamp(1e-30, 1e30)
-    return size.log2().round().exp2().float()[..., None, None]
 
 
 class RecentWindow:
@@ -278,20 +202,36 @@ class TurboQuantLayer(CacheLayerMixin):
             position = self.packed_length
             taken = slice(done, min(count, done + self._slice_length(position, begins)))
             first = self._first_tokens(position, taken.stop - done, begins)
-            new_keys, new_values = keys[:, :, taken].double(), values[:, :, taken].double()
+            states = keys[:, :, taken], values[:, :, taken]
+            new_keys, new_values = (kind.double() for kind in states)
             if size:
                 self._set_mean(keys[:, :, done : done + min(size, self.recent.capacity)], position, first)
-                new_keys -= self.means.view()[:, :, position // size, None].double()
+                new_keys = new_keys - self.means.view()[:, :, position // size, None].double()
             if self.settings.exact_tokens:
-                self._keep_extremes(
-                    keys[:, :, taken], values[:, :, taken], new_keys, new_values, position, first
-                )
-            for part in self.packed_keys:
-                part.append(new_keys, first, expected)
-            for part in self.packed_values:
-                part.append(new_values, first, expected)
+                self._keep_extremes(*states, new_keys, new_values, position, first)
+            parts = [(part, new_keys) for part in self.packed_keys]
+            parts += [(part, new_values) for part in self.packed_values]
+            if first is not None:
+                for part, vectors in parts:
+                    part.decide(vectors, first)
+            if not self._append_by_kernels(*states, expected):
+                for part, vectors in parts:
+                    part.append(vectors, expected)
             self.packed_length += taken.stop - taken.start
             done = taken.stop
+
+    def _append_by_kernels(self, keys: torch.Tensor, values: torch.Tensor, expected: int) -> bool:
+        """Whether kernels could code keys and values [B, G, T, D], and have appended what came out."""
+        parts = self.packed_keys, self.packed_values
+        if kernels_for(keys.device) is None or unserved_encoding(keys, values, *parts):
+            return False
+        size = self.settings.mean_group
+        means = self.means.view() if size else None
+        length = with_kernels(
+            keys.device,
+            lambda kernels: kernel_encoding(kernels, keys, values, *parts, means, size, expected),
+        )
+        return length is not None
 
     def _begins(self) -> list[int]:
         """Where the blocks begin that hold the first real token of a row."""

@@ -33,6 +33,7 @@ class Transform:
         self.encode = encode.double()
         self.decode = (encode.mT if decode is None else decode).float().contiguous()
         self._elsewhere: dict[torch.device, Transform] = {}
+        self.prepared: dict[tuple, tuple[torch.Tensor, float]] = {}  # `encode` as kernels take it
 
     @classmethod
     def rotation(cls, kind: str, parts: tuple[int, ...], seed: int = 0) -> "Transform":
