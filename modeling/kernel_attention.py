@@ -25,10 +25,10 @@ def unserved(view: LayerView, mask: torch.Tensor | None, causal: bool, sinks: to
         return f"mean_group must be a multiple of 16; it is {view.mean_group}"
     for part in (*view.key_codes, *view.value_codes):
         quantizer = part.packed.quantizer
-        if not isinstance(quantizer, VectorQuantizer) or len(quantizer.parts) > 1 or part.order is not None:
-            return "these codes have several parts, sorted channels or another form"
-        if quantizer.dim % 8 or not 16 <= quantizer.dim <= 256:
-            return f"head_dim must be a multiple of 8 from 16 to 256; it is {quantizer.dim}"
+        if not isinstance(quantizer, VectorQuantizer) or len(quantizer.parts) > 2 or part.order is not None:
+            return "these codes have more than two parts, sorted channels or another form"
+        if any(width % 8 for width, _ in quantizer.parts) or not 16 <= quantizer.dim <= 256:
+            return f"head_dim must be 16 to 256, parts multiples of 8; they are {quantizer.parts}"
     if view.keys.shape[-1] != view.values.shape[-1]:
         return "keys and values differ in length"
     return ""
@@ -75,6 +75,8 @@ def kernel_attention(
             scaling,
             softcap or 0.0,
             0,
+            _parts(keys),
+            _parts(values),
         )
     return out
 
@@ -83,7 +85,12 @@ def _codes(part: HeadCodes) -> tuple:
     """codes, scales, centroids, decode and gain as the kernels take them."""
     packed, transform = part.packed, part.transform.to(part.packed.codes.device)
     gain = None if part.gain is None else part.gain[:, :, 0, 0]
-    return packed.codes, packed.scales, _centroids(*packed.quantizer.parts[0]), transform.decode, gain
+    return packed.codes, packed.scales, _centroids(packed.quantizer.parts), transform.decode, gain
+
+
+def _parts(part: HeadCodes) -> list[int]:
+    """Channels and bits of each part."""
+    return [number for own in part.packed.quantizer.parts for number in own]
 
 
 def _head_groups(view: LayerView):
@@ -104,8 +111,8 @@ def _head_table(keys: tuple | None, values: tuple | None, groups: int, device) -
 
 
 @lru_cache(maxsize=64)
-def _centroids(dim: int, bits: int) -> tuple[float, ...]:
-    return tuple(codebook(dim, bits).tolist())
+def _centroids(parts: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
+    return tuple(number for part in parts for number in codebook(*part).tolist())
 
 
 @lru_cache(maxsize=16)

@@ -89,6 +89,8 @@ def with_kernels(device: torch.device, run: Callable[[Any], Result]) -> Result |
         return None
     try:
         return run(kernels)
+    except torch.OutOfMemoryError:  # says nothing about the kernels
+        raise
     except Exception as error:  # a compiler, a driver or a launch: the plain product is right
         _note_failure(error)
         return None

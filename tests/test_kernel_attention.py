@@ -21,9 +21,13 @@ EXACT = 3
 
 
 def head_codes(vectors, bits, heads=None, scale_bits=8, seed=0) -> HeadCodes:
-    """Codes of vectors [B, G, P, D] for some heads, with a gain of 2 where scales have 8 bits."""
+    """Codes of vectors [B, G, P, D] for some heads, with a gain of 2 where scales have 8 bits.
+
+    `bits` are those of all channels, or (channels, bits) of each part.
+    """
     dim = vectors.shape[-1]
-    quantizer = VectorQuantizer(((dim, bits),), scale_rule="matched_norm", scale_bits=scale_bits)
+    parts = ((dim, bits),) if isinstance(bits, int) else bits
+    quantizer = VectorQuantizer(parts, scale_rule="matched_norm", scale_bits=scale_bits)
     transform = Transform.rotation("hadamard", (dim,), seed)
     index = None if heads is None else torch.tensor(heads, device=vectors.device)
     chosen = vectors if index is None else vectors[:, index]
@@ -137,6 +141,19 @@ def test_wider_codes(bits):
     assert rms_ratio(ours, plain) < TOLERANCE
 
 
+@pytest.mark.parametrize(("keys", "values"), (
+    (((16, 4), (48, 1)), 2), (3, ((8, 6), (56, 2))), (((24, 3), (40, 1)), ((8, 5), (56, 3))),
+    (((32, 6), (32, 2)), ((8, 3), (56, 1))),
+), ids=str)  # fmt: skip
+@pytest.mark.parametrize("scale_bits", (8, 16))
+def test_two_parts(keys, values, scale_bits):
+    """The widths and bits that calibrations choose."""
+    view = layer_view(2, 1, 129, 64, keys, values, scale_bits=scale_bits)
+    for tokens in (1, 9):
+        ours, plain = both(view, 4, tokens, left_padding(view, [0, 77]))
+        assert rms_ratio(ours, plain) < TOLERANCE
+
+
 def test_heads_that_are_coded_apart():
     """Key and value codes divide the heads differently, so three launches fill one output."""
     view = layer_view(2, 4, 129, 64, 4, 2, parts=(((0, 2), (1, 2, 3)), ((3, 1), (0,))))
@@ -181,7 +198,7 @@ def operator_arguments(out, query, view: LayerView) -> tuple:
     recorder = type("Recorder", (), {"decode_attention": lambda self, *args: noted.append(args)})()
     kernel_attention(recorder, query, view, None, query.shape[-1] ** -0.5, None)
     [arguments] = noted
-    return (out, query, *arguments[2:-1])
+    return (out, query, *arguments[2:-3])
 
 
 def test_nothing_packed_is_plain_attention():
@@ -208,7 +225,11 @@ def test_what_cannot_be_read_is_refused():
         (3, lambda codes: codes[:, :, ::2], "key_codes must lie token after token"),
         (5, lambda table: table[:-1], "key_codes must have 2 to 64 centroids"),
         (8, lambda codes: codes.int(), "value_codes must be uint8"),
-        (9, lambda scales: scales[:, :, :-1], "value_codes must lie token after token, with one scale each"),
+        (
+            9,
+            lambda scales: scales[:, :, :-1],
+            "value_codes must lie token after token, with a scale for each part",
+        ),
     ):
         wrong = list(arguments)
         wrong[place] = change(wrong[place])

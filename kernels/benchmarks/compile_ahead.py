@@ -21,13 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # msa_hf of this c
 import torch  # noqa: E402
 import triton  # noqa: E402
 from compiled_kernels import TARGETS, MachineCode, compiling  # noqa: E402
-from operands import Attention, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls  # noqa: E402
+from operands import Attention, Bits, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls  # noqa: E402
 
 from msa_hf import kernels  # noqa: E402
 from msa_hf.kernels import launch  # noqa: E402
 
 WITH_TENSOR_CORES = ("decode_attention", "prefill_attention", "route_scores")
 WIDTHS = ((4, 4), (4, 3), (3, 3), (2, 2), (1, 1))
+# The preset "2.7bit", and parts as narrow and as wide in bits as calibrations choose, by head dim.
+PARTS = {
+    64: (((8, 6), (56, 2)), ((8, 5), (56, 1))),
+    128: (((32, 4), (96, 2)), ((32, 3), (96, 2))),
+    256: (((64, 4), (192, 2)), ((64, 3), (192, 2))),
+}
 SHARED = {"sm_80": 166_912, "sm_90": 232_448}  # bytes that a program can have
 CPU = torch.device("cpu")
 
@@ -65,7 +71,7 @@ def cases() -> list[Case]:
         _attention_case(operator, dim, bits)
         for operator in ("decode_attention", "prefill_attention")
         for dim in (64, 128, 256)
-        for bits in WIDTHS
+        for bits in (*WIDTHS, PARTS[dim])
     ]
     found += [
         _attention_case(
@@ -85,7 +91,7 @@ def cases() -> list[Case]:
     return [case for case in found if case.operator in kernels.available]
 
 
-def _attention_case(operator: str, dim: int, bits: tuple[int, int], note: str = "", **changes) -> Case:
+def _attention_case(operator: str, dim: int, bits: tuple[Bits, Bits], note: str = "", **changes) -> Case:
     queries = 1 if operator == "decode_attention" else 128
     shape = Attention(
         heads=8,
@@ -103,7 +109,8 @@ def _attention_case(operator: str, dim: int, bits: tuple[int, int], note: str = 
         for arguments in attention_calls(shape.view(CPU), query, out):
             getattr(kernels, operator)(**arguments)
 
-    label = f"D {dim}, K {bits[0]} V {bits[1]} bits" + (f", {note}" if note else "")
+    widths = (own if isinstance(own, int) else "+".join(f"{w}x{b}" for w, b in own) for own in bits)
+    label = "D {}, K {} V {} bits".format(dim, *widths) + (f", {note}" if note else "")
     return Case(operator, label, run, quick=dim == 128 and bits == (4, 4) and not note)
 
 

@@ -16,12 +16,16 @@ from msa_hf.modeling.packed_states import ExactTokens, HeadCodes, LayerView
 from msa_hf.modeling.turboquant import PackedVectors, Transform, VectorQuantizer, scale_table
 
 
+Bits = int | tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Attention:
     """One call of attention.
 
     Args:
-        bits: (key bits, value bits) of all heads, or of each.
+        bits: (key bits, value bits) of all heads, or of each; a number for all channels, or (channels, bits) of
+            each part.
         packed: P. recent: L, the query tokens included. mean_group: 0 for keys without means.
     """
 
@@ -31,7 +35,7 @@ class Attention:
     queries: int = 1
     packed: int = 1024
     dim: int = 128
-    bits: tuple[tuple[int, int], ...] = ((4, 4),)
+    bits: tuple[tuple[Bits, Bits], ...] = ((4, 4),)
     recent: int = 160
     exact: int = 8
     mean_group: int = 256
@@ -39,17 +43,22 @@ class Attention:
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def head_bits(self) -> tuple[tuple[int, int], ...]:
+    def head_bits(self) -> tuple[tuple[Bits, Bits], ...]:
         return self.bits * self.groups if len(self.bits) == 1 else self.bits
+
+    def quantizer(self, bits: Bits) -> VectorQuantizer:
+        parts = ((self.dim, bits),) if isinstance(bits, int) else bits
+        return VectorQuantizer(parts, scale_bits=self.scale_bits)
 
     @property
     def average_bits(self) -> float:
-        return sum(map(sum, self.head_bits)) / (2 * self.groups)
+        """Per number, scales included."""
+        return 8 * self.code_bytes / (2 * self.batch * self.packed * self.groups * self.dim)
 
     @property
     def code_bytes(self) -> int:
         """Codes and scales of all packed tokens."""
-        per_token = sum(self.dim * sum(bits) + 2 * self.scale_bits for bits in self.head_bits) // 8
+        per_token = sum(self.quantizer(bits).vector_bytes for head in self.head_bits for bits in head)
         return self.batch * self.packed * per_token
 
     @property
@@ -95,28 +104,34 @@ class Attention:
         shape = (self.batch, self.heads, self.queries, self.dim)
         return torch.randn(*shape, generator=generator, device=device).to(self.dtype)
 
-    def _parts(self, bits: tuple[int, ...], generator: torch.Generator) -> Iterator[HeadCodes]:
-        """The heads of each width, packed at random."""
+    def _parts(self, bits: tuple[Bits, ...], generator: torch.Generator) -> Iterator[HeadCodes]:
+        """The heads of each coding, packed at random."""
         device = generator.device
-        for width in sorted(set(bits)):
-            heads = [head for head, own in enumerate(bits) if own == width]
+        for coding in dict.fromkeys(bits):
+            heads = [head for head, own in enumerate(bits) if own == coding]
             index = None if len(heads) == self.groups else torch.tensor(heads, device=device)
-            yield self._codes(width, len(heads), index, generator)
+            yield self._codes(coding, len(heads), index, generator)
 
-    def _codes(self, width: int, heads: int, index: torch.Tensor | None, generator) -> HeadCodes:
+    def _codes(self, bits: Bits, heads: int, index: torch.Tensor | None, generator) -> HeadCodes:
         device, shape = generator.device, (self.batch, heads, self.packed)
-        quantizer = VectorQuantizer(((self.dim, width),), scale_bits=self.scale_bits)
+        quantizer = self.quantizer(bits)
         codes = torch.randint(
             256, (*shape, quantizer.code_bytes), dtype=torch.uint8, generator=generator, device=device
         )
         gain = None
         if self.scale_bits == 8:  # levels of scales from 0.7 to 1.4
             scales = torch.randint(
-                112, 145, (*shape, 1), dtype=torch.uint8, generator=generator, device=device
+                112,
+                145,
+                (*shape, quantizer.scale_count),
+                dtype=torch.uint8,
+                generator=generator,
+                device=device,
             )
             gain = torch.ones(self.batch, heads, 1, 1, device=device)
         else:
-            scales = (0.7 + 0.7 * torch.rand(*shape, 1, generator=generator, device=device)).bfloat16()
+            scales = torch.rand(*shape, quantizer.scale_count, generator=generator, device=device)
+            scales = (0.7 + 0.7 * scales).bfloat16()
         transform = Transform.rotation("hadamard", (self.dim,))
         return HeadCodes(PackedVectors(codes, scales, quantizer), transform, index, None, gain)
 
@@ -143,11 +158,12 @@ def _places(part: HeadCodes, groups: int) -> dict[int, int]:
 def _attention_arguments(view, keys, values, heads, query, out) -> dict[str, Any]:
     arguments = {"out": out, "query": query, "heads": heads}
     for name, part in (("key", keys), ("value", values)):
-        [(width, bits)] = part.packed.quantizer.parts
+        parts = part.packed.quantizer.parts
         arguments |= {
             f"{name}_codes": part.packed.codes,
             f"{name}_scales": part.packed.scales,
-            f"{name}_centroids": codebook(width, bits).tolist(),
+            f"{name}_centroids": [number for own in parts for number in codebook(*own).tolist()],
+            f"{name}_parts": [number for own in parts for number in own],
             f"{name}_decode": part.transform.to(query.device).decode,
             f"{name}_gain": None if part.gain is None else part.gain[..., 0, 0],
         }

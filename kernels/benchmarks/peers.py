@@ -137,5 +137,6 @@ def pooling_twin(arguments: dict) -> list[torch.Tensor]:
 
 def ranking_twin(arguments: dict, best: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices [B, k] of the documents with the best chunks, by plain PyTorch."""
-    scores = routing_products.segment_scores(arguments["chunk_scores"].t(), arguments["offsets"].diff(), "max").t()
-    return tuple(scores.topk(best, dim=1))
+    scores, lengths = arguments["chunk_scores"], arguments["offsets"].diff()
+    documents = routing_products.segment_scores(scores.t(), lengths, "max").t()
+    return tuple(documents.topk(best, dim=1))

@@ -1,4 +1,4 @@
-"""The two kernels of attention on packed keys and values; `attention.py` says how they work together.
+"""The kernel of attention on packed keys and values; `attention.py` says what surrounds it.
 
 Tensor cores want many rows in a product's first operand. A decode step has few query rows, so tokens come
 first (TOKENS_FIRST: scores [N, R], sums [D, R]) and keys are unpacked in the registers where the product
@@ -84,11 +84,91 @@ def _dense_step(
 
 
 @triton.jit
+def _words(words_ptr):
+    """The four words of `lookup.byte_tables`."""
+    return tl.load(words_ptr), tl.load(words_ptr + 1), tl.load(words_ptr + 2), tl.load(words_ptr + 3)
+
+
+@triton.jit
+def _split_row(split, pair, row, rows):
+    """Places of this split's rows among those of all, int64 [R]."""
+    return (split.to(tl.int64) * tl.num_programs(2) + pair) * rows + row
+
+
+@triton.jit
+def _store_sums(row_ptr, row_ok, sums, WIDTH: tl.constexpr, TOKENS_FIRST: tl.constexpr):
+    """Writes sums of R rows [WIDTH] behind their pointers [R]."""
+    target = _by_row(row_ptr, TOKENS_FIRST) + _by_other(tl.arange(0, WIDTH), TOKENS_FIRST)
+    tl.store(target, sums, mask=_by_row(row_ok, TOKENS_FIRST))
+
+
+@triton.jit
+def _rotated_query(
+    query_rows_ptr, row_ok, decode_ptr, channels_ptr,
+    HEAD_DIM: tl.constexpr, JOINED: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Queries in the basis of a part's codes, with a maximum of 1 in each row, and the factors [R] back.
+
+    So half precision neither overflows nor underflows.
+    """
+    code_channel = tl.load(channels_ptr + tl.arange(0, JOINED))
+    code_ok = code_channel >= 0
+    rotated = _zeros(ROWS, JOINED, TOKENS_FIRST)
+    for start in range(0, HEAD_DIM, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = channel < HEAD_DIM
+        part = tl.load(
+            _by_row(query_rows_ptr, TOKENS_FIRST) + _by_other(channel, TOKENS_FIRST),
+            mask=_by_row(row_ok, TOKENS_FIRST) & _by_other(inside, TOKENS_FIRST),
+            other=0.0,
+        ).to(tl.float32)
+        matrix = tl.load(
+            decode_ptr + code_channel[:, None] * HEAD_DIM + channel[None, :],
+            mask=code_ok[:, None] & inside[None, :],
+            other=0.0,
+        )
+        rotated = _product(matrix, part, rotated, TOKENS_FIRST, PRECISION)
+    largest = tl.maximum(tl.max(tl.abs(rotated), axis=0 if TOKENS_FIRST else 1), 1e-30)
+    return (rotated / _by_row(largest, TOKENS_FIRST)).to(TYPE), largest
+
+
+@triton.jit
+def _mean_scores(
+    query_rows_ptr, row_ok, means_ptr, first_group, group_count,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr, PRECISION: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    """Products of queries with the means of GROUPS_AT_ONCE groups."""
+    group = first_group + tl.arange(0, GROUPS_AT_ONCE)
+    group_ok = group < group_count
+    scores = _zeros(ROWS, GROUPS_AT_ONCE, TOKENS_FIRST)
+    for start in range(0, HEAD_DIM, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = channel < HEAD_DIM
+        part = tl.load(
+            _by_row(query_rows_ptr, TOKENS_FIRST) + _by_other(channel, TOKENS_FIRST),
+            mask=_by_row(row_ok, TOKENS_FIRST) & _by_other(inside, TOKENS_FIRST),
+            other=0.0,
+        )
+        means = tl.load(
+            means_ptr + group[:, None] * HEAD_DIM + channel[None, :],
+            mask=group_ok[:, None] & inside[None, :],
+            other=0.0,
+        )
+        if TYPE == tl.bfloat16:  # products of bfloat16 are exact in float32
+            scores = _product(means, part, scores, TOKENS_FIRST, PRECISION)
+        else:
+            scores = _product(means.to(tl.float32), part.to(tl.float32), scores, TOKENS_FIRST, "ieee")
+    return scores
+
+
+@triton.jit
 def attend_splits_kernel(
     query_ptr, heads_ptr,
-    key_codes_ptr, key_scales_ptr, key_decode_ptr, key_gain_ptr, key_table_ptr, key_channels_ptr,
-    value_codes_ptr, value_scales_ptr, value_table_ptr,
-    key_word0, key_word1, key_word2, key_word3, value_word0, value_word1, value_word2, value_word3,
+    key_codes_ptr, key_scales_ptr, key_decode_ptr, key_gain_ptr,
+    key_table_ptr, key_words_ptr, key_channels_ptr,
+    value_codes_ptr, value_scales_ptr, value_table_ptr, value_words_ptr,
     levels_ptr, means_ptr, exact_keys_ptr, exact_values_ptr, exact_positions_ptr,
     recent_keys_ptr, recent_values_ptr, mask_ptr,
     sums_ptr, tops_ptr, totals_ptr,
@@ -99,11 +179,18 @@ def attend_splits_kernel(
     key_gain_stride_b, decode_stride_h, means_stride_b, means_stride_g,
     recent_stride_b, recent_stride_g, recent_stride_t, mask_stride_b,
     scaling, softcap, window,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, SUM_WIDTH: tl.constexpr,
+    # Of each part of the keys: channels, bits, J, assembly; a second part without channels does not exist.
+    KEY_WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, KEY_JOINED: tl.constexpr, KEY_ASSEMBLY: tl.constexpr,
+    KEY_WIDTH2: tl.constexpr, KEY_BITS2: tl.constexpr, KEY_JOINED2: tl.constexpr, KEY_ASSEMBLY2: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_JOINED: tl.constexpr,
+    VALUE_ASSEMBLY: tl.constexpr,
+    VALUE_WIDTH2: tl.constexpr, VALUE_BITS2: tl.constexpr, VALUE_JOINED2: tl.constexpr,
+    VALUE_ASSEMBLY2: tl.constexpr,
     KEY_BYTES: tl.constexpr, VALUE_BYTES: tl.constexpr,
     KEY_LEVELS: tl.constexpr, VALUE_LEVELS: tl.constexpr, GAIN: tl.constexpr,
     MEAN_GROUP: tl.constexpr, EXACT: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, KEY_ASSEMBLY: tl.constexpr, VALUE_ASSEMBLY: tl.constexpr,
+    WINDOW: tl.constexpr,
     TYPE: tl.constexpr, KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr,
     PRECISION: tl.constexpr, ROTATE_PRECISION: tl.constexpr,
     TOKENS_FIRST: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DENSE_TOKENS: tl.constexpr,
@@ -127,9 +214,10 @@ def attend_splits_kernel(
     exact_row = (batch * groups + head).to(tl.int64) * EXACT
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    sums = _zeros(ROWS, PADDED, TOKENS_FIRST)
 
     if split < packed_splits:
+        PARTS: tl.constexpr = 1 if KEY_WIDTH2 == 0 else 2
+        VALUE_PARTS: tl.constexpr = 1 if VALUE_WIDTH2 == 0 else 2
         key_place = tl.load(heads_ptr + 3 * place + 1)
         value_place = tl.load(heads_ptr + 3 * place + 2)
         key_codes_ptr += batch.to(tl.int64) * key_codes_stride_b + key_place.to(tl.int64) * key_codes_stride_h
@@ -143,75 +231,66 @@ def attend_splits_kernel(
             batch.to(tl.int64) * value_scales_stride_b + value_place.to(tl.int64) * value_scales_stride_h
         )
         decode_ptr = key_decode_ptr + key_place * decode_stride_h
-        code_channel = tl.load(key_channels_ptr + tl.arange(0, PADDED))
-        code_ok = code_channel >= 0
-        rotated = _zeros(ROWS, PADDED, TOKENS_FIRST)
-        for start in range(0, HEAD_DIM, CHANNELS):
-            channel = start + tl.arange(0, CHANNELS)
-            inside = channel < HEAD_DIM
-            part = tl.load(
-                _by_row(query_rows_ptr, TOKENS_FIRST) + _by_other(channel, TOKENS_FIRST),
-                mask=_by_row(row_ok, TOKENS_FIRST) & _by_other(inside, TOKENS_FIRST),
-                other=0.0,
-            ).to(tl.float32)
-            matrix = tl.load(
-                decode_ptr + code_channel[:, None] * HEAD_DIM + channel[None, :],
-                mask=code_ok[:, None] & inside[None, :],
-                other=0.0,
-            )
-            rotated = _product(matrix, part, rotated, TOKENS_FIRST, ROTATE_PRECISION)
-        # Rows are brought to a maximum of 1, so that half precision neither overflows nor underflows.
-        largest = tl.maximum(tl.max(tl.abs(rotated), axis=0 if TOKENS_FIRST else 1), 1e-30)
-        rotated = (rotated / _by_row(largest, TOKENS_FIRST)).to(KEY_TYPE)
+        key_word0, key_word1, key_word2, key_word3 = _words(key_words_ptr)
+        value_word0, value_word1, value_word2, value_word3 = _words(value_words_ptr)
         unit = scaling if SOFTCAP else scaling * LOG2E
-        factor = largest * unit
+        gain = unit
         if GAIN:
-            factor *= tl.load(key_gain_ptr + batch * key_gain_stride_b + key_place)
+            gain *= tl.load(key_gain_ptr + batch * key_gain_stride_b + key_place)
+        rotated, factor = _rotated_query(
+            query_rows_ptr, row_ok, decode_ptr, key_channels_ptr,
+            HEAD_DIM, KEY_JOINED, ROWS, CHANNELS, TOKENS_FIRST, ROTATE_PRECISION, KEY_TYPE,
+        )  # fmt: skip
+        factor *= gain
+        if KEY_WIDTH2 > 0:
+            late_key0, late_key1, late_key2, late_key3 = _words(key_words_ptr + 4)
+            rotated2, factor2 = _rotated_query(
+                query_rows_ptr, row_ok, decode_ptr, key_channels_ptr + KEY_JOINED,
+                HEAD_DIM, KEY_JOINED2, ROWS, CHANNELS, TOKENS_FIRST, ROTATE_PRECISION, KEY_TYPE,
+            )  # fmt: skip
+            factor2 *= gain
+        sums = _zeros(ROWS, VALUE_JOINED, TOKENS_FIRST)
+        if VALUE_WIDTH2 > 0:
+            late_value0, late_value1, late_value2, late_value3 = _words(value_words_ptr + 4)
+            sums2 = _zeros(ROWS, VALUE_JOINED2, TOKENS_FIRST)
+        if MEAN_GROUP > 0:
+            means_ptr += batch.to(tl.int64) * means_stride_b + head.to(tl.int64) * means_stride_g
 
         first = split * split_tokens
         last = tl.minimum(packed, first + split_tokens)
-        totals = _zeros(ROWS, TOKENS if TOKENS_FIRST else 1, TOKENS_FIRST)
         span = last - first
         if MEAN_GROUP > 0:
             span = GROUPS_AT_ONCE * MEAN_GROUP
-            means_ptr += batch.to(tl.int64) * means_stride_b + head.to(tl.int64) * means_stride_g
+        totals = _zeros(ROWS, TOKENS if TOKENS_FIRST else 1, TOKENS_FIRST)
         for begin in range(first, last, span):
             end = tl.minimum(last, begin + span)
             if MEAN_GROUP > 0:
-                group = begin // MEAN_GROUP + tl.arange(0, GROUPS_AT_ONCE)
-                group_ok = group * MEAN_GROUP < packed
-                offsets = _zeros(ROWS, GROUPS_AT_ONCE, TOKENS_FIRST)
-                for start in range(0, HEAD_DIM, CHANNELS):
-                    channel = start + tl.arange(0, CHANNELS)
-                    inside = channel < HEAD_DIM
-                    part = tl.load(
-                        _by_row(query_rows_ptr, TOKENS_FIRST) + _by_other(channel, TOKENS_FIRST),
-                        mask=_by_row(row_ok, TOKENS_FIRST) & _by_other(inside, TOKENS_FIRST),
-                        other=0.0,
-                    )
-                    means = tl.load(
-                        means_ptr + group[:, None] * HEAD_DIM + channel[None, :],
-                        mask=group_ok[:, None] & inside[None, :],
-                        other=0.0,
-                    )
-                    if TYPE == tl.bfloat16:  # products of bfloat16 are exact in float32
-                        offsets = _product(means, part, offsets, TOKENS_FIRST, PRECISION)
-                    else:
-                        offsets = _product(
-                            means.to(tl.float32), part.to(tl.float32), offsets, TOKENS_FIRST, "ieee"
-                        )
-                offsets *= unit
+                offsets = unit * _mean_scores(
+                    query_rows_ptr, row_ok, means_ptr, begin // MEAN_GROUP, tl.cdiv(packed, MEAN_GROUP),
+                    HEAD_DIM, ROWS, CHANNELS, TOKENS_FIRST, PRECISION, TYPE,
+                )  # fmt: skip
             for tile in range(begin, end, TOKENS):
                 token = tile + tl.arange(0, TOKENS)
                 token_ok = token < end
+                row_ptr = key_codes_ptr + token.to(tl.int64) * KEY_BYTES
                 keys = load_centroids(
-                    key_codes_ptr + token.to(tl.int64) * KEY_BYTES, token_ok, key_table_ptr,
-                    key_word0, key_word1, key_word2, key_word3,
-                    HEAD_DIM, KEY_BITS, KEY_TYPE, KEY_ASSEMBLY,
+                    row_ptr, token_ok, key_table_ptr, key_word0, key_word1, key_word2, key_word3,
+                    KEY_WIDTH, KEY_BITS, KEY_TYPE, KEY_ASSEMBLY,
                 )  # fmt: skip
-                key_scales = load_scales(key_scales_ptr + token, token_ok, levels_ptr, KEY_LEVELS)
+                scales = load_scales(key_scales_ptr + token * PARTS, token_ok, levels_ptr, KEY_LEVELS)
                 scores = _product(keys, rotated, _zeros(ROWS, TOKENS, TOKENS_FIRST), TOKENS_FIRST, PRECISION)
-                scores = scores * _by_other(key_scales, TOKENS_FIRST) * _by_row(factor, TOKENS_FIRST)
+                scores = scores * _by_other(scales, TOKENS_FIRST) * _by_row(factor, TOKENS_FIRST)
+                if KEY_WIDTH2 > 0:
+                    keys2 = load_centroids(
+                        row_ptr + KEY_WIDTH * KEY_BITS // 8, token_ok, key_table_ptr + (1 << KEY_BITS),
+                        late_key0, late_key1, late_key2, late_key3,
+                        KEY_WIDTH2, KEY_BITS2, KEY_TYPE, KEY_ASSEMBLY2,
+                    )  # fmt: skip
+                    scales = load_scales(key_scales_ptr + token * 2 + 1, token_ok, levels_ptr, KEY_LEVELS)
+                    own = _product(
+                        keys2, rotated2, _zeros(ROWS, TOKENS, TOKENS_FIRST), TOKENS_FIRST, PRECISION
+                    )
+                    scores += own * _by_other(scales, TOKENS_FIRST) * _by_row(factor2, TOKENS_FIRST)
                 if MEAN_GROUP > 0:
                     chosen = tl.arange(0, GROUPS_AT_ONCE) == (tile // MEAN_GROUP - begin // MEAN_GROUP)
                     own = tl.where(_by_other(chosen, TOKENS_FIRST), offsets, 0.0)
@@ -234,15 +313,31 @@ def attend_splits_kernel(
                     totals = totals * keep + weights
                 else:
                     totals = totals * keep + tl.sum(weights, axis=1)[:, None]
-                value_scales = load_scales(value_scales_ptr + token, token_ok, levels_ptr, VALUE_LEVELS)
+                row_ptr = value_codes_ptr + token.to(tl.int64) * VALUE_BYTES
                 values = load_centroids(
-                    value_codes_ptr + token.to(tl.int64) * VALUE_BYTES, token_ok, value_table_ptr,
-                    value_word0, value_word1, value_word2, value_word3,
-                    HEAD_DIM, VALUE_BITS, VALUE_TYPE, VALUE_ASSEMBLY,
+                    row_ptr, token_ok, value_table_ptr, value_word0, value_word1, value_word2, value_word3,
+                    VALUE_WIDTH, VALUE_BITS, VALUE_TYPE, VALUE_ASSEMBLY,
                 )  # fmt: skip
-                weights = (weights * _by_other(value_scales, TOKENS_FIRST)).to(VALUE_TYPE)
-                sums = _product(tl.trans(values), weights, sums * keep, TOKENS_FIRST, PRECISION)
+                scales = load_scales(
+                    value_scales_ptr + token * VALUE_PARTS, token_ok, levels_ptr, VALUE_LEVELS
+                )
+                scaled = (weights * _by_other(scales, TOKENS_FIRST)).to(VALUE_TYPE)
+                sums = _product(tl.trans(values), scaled, sums * keep, TOKENS_FIRST, PRECISION)
+                if VALUE_WIDTH2 > 0:
+                    values2 = load_centroids(
+                        row_ptr + VALUE_WIDTH * VALUE_BITS // 8, token_ok,
+                        value_table_ptr + (1 << VALUE_BITS),
+                        late_value0, late_value1, late_value2, late_value3,
+                        VALUE_WIDTH2, VALUE_BITS2, VALUE_TYPE, VALUE_ASSEMBLY2,
+                    )  # fmt: skip
+                    scales = load_scales(value_scales_ptr + token * 2 + 1, token_ok, levels_ptr, VALUE_LEVELS)
+                    scaled = (weights * _by_other(scales, TOKENS_FIRST)).to(VALUE_TYPE)
+                    sums2 = _product(tl.trans(values2), scaled, sums2 * keep, TOKENS_FIRST, PRECISION)
         total = tl.sum(totals, axis=0 if TOKENS_FIRST else 1)
+        target_ptr = sums_ptr + _split_row(split, pair, row, share * query_tokens) * SUM_WIDTH
+        _store_sums(target_ptr, row_ok, sums, VALUE_JOINED, TOKENS_FIRST)
+        if VALUE_WIDTH2 > 0:
+            _store_sums(target_ptr + VALUE_JOINED, row_ok, sums2, VALUE_JOINED2, TOKENS_FIRST)
     else:
         channel = tl.arange(0, PADDED)
         query = tl.load(
@@ -250,6 +345,7 @@ def attend_splits_kernel(
             mask=_by_row(row_ok, TOKENS_FIRST) & _by_other(channel < HEAD_DIM, TOKENS_FIRST),
             other=0.0,
         ).to(TYPE)
+        dense_sums = _zeros(ROWS, PADDED, TOKENS_FIRST)
         base = batch.to(tl.int64) * recent_stride_b + head.to(tl.int64) * recent_stride_g
         stop = recent
         if query_tokens > 1:  # no row of this block sees what comes after its last token
@@ -268,9 +364,10 @@ def attend_splits_kernel(
                 oldest = _by_row(query_position - window, TOKENS_FIRST)
                 allowed = allowed & (_by_other(position, TOKENS_FIRST) > oldest)
             offset = base + token.to(tl.int64) * recent_stride_t
-            top, total, sums = _dense_step(
+            top, total, dense_sums = _dense_step(
                 query, recent_keys_ptr + offset, recent_values_ptr + offset, token_ok, allowed,
-                scaling, softcap, top, total, sums, HEAD_DIM, PADDED, TYPE, PRECISION, SOFTCAP, TOKENS_FIRST,
+                scaling, softcap, top, total, dense_sums,
+                HEAD_DIM, PADDED, TYPE, PRECISION, SOFTCAP, TOKENS_FIRST,
             )  # fmt: skip
         if EXACT > 0:
             number = tl.arange(0, 16 if EXACT <= 16 else triton.next_power_of_2(EXACT))
@@ -285,86 +382,14 @@ def attend_splits_kernel(
                 oldest = _by_row(query_position - window, TOKENS_FIRST)
                 allowed = allowed & (_by_other(position, TOKENS_FIRST) > oldest)
             offset = (exact_row + number) * HEAD_DIM
-            top, total, sums = _dense_step(
+            top, total, dense_sums = _dense_step(
                 query, exact_keys_ptr + offset, exact_values_ptr + offset, exists, allowed,
-                scaling, softcap, top, total, sums, HEAD_DIM, PADDED, TYPE, PRECISION, SOFTCAP, TOKENS_FIRST,
+                scaling, softcap, top, total, dense_sums,
+                HEAD_DIM, PADDED, TYPE, PRECISION, SOFTCAP, TOKENS_FIRST,
             )  # fmt: skip
+        target_ptr = sums_ptr + _split_row(split, pair, row, share * query_tokens) * SUM_WIDTH
+        _store_sums(target_ptr, row_ok, dense_sums, PADDED, TOKENS_FIRST)
 
-    pairs = tl.num_programs(2)
-    out_row = (split.to(tl.int64) * pairs + pair) * (share * query_tokens) + row
-    target = _by_row(out_row * PADDED, TOKENS_FIRST) + _by_other(tl.arange(0, PADDED), TOKENS_FIRST)
-    tl.store(sums_ptr + target, sums, mask=_by_row(row_ok, TOKENS_FIRST))
+    out_row = _split_row(split, pair, row, share * query_tokens)
     tl.store(tops_ptr + out_row, top, mask=row_ok)
     tl.store(totals_ptr + out_row, total, mask=row_ok)
-
-
-@triton.jit
-def combine_splits_kernel(
-    out_ptr, heads_ptr, sums_ptr, tops_ptr, totals_ptr, decode_ptr, gain_ptr, channels_ptr,
-    query_tokens, share, head_count, packed_splits, gain_stride_b, decode_stride_h,
-    out_stride_b, out_stride_q, out_stride_h,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, GAIN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Merges the splits and writes COLUMNS channels of ROWS rows of the output."""
-    row_block, column_block, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, place = pair // head_count, pair % head_count
-    rows = share * query_tokens
-    row = row_block * ROWS + tl.arange(0, ROWS)
-    row_ok = row < rows
-    column = column_block * COLUMNS + tl.arange(0, COLUMNS)
-    column_ok = column < HEAD_DIM
-    pairs = tl.num_programs(2)
-
-    top = tl.load(
-        tops_ptr + (tl.cast(packed_splits, tl.int64) * pairs + pair) * rows + row, mask=row_ok, other=0.0
-    )
-    for split in range(0, packed_splits):
-        own = tl.load(
-            tops_ptr + (tl.cast(split, tl.int64) * pairs + pair) * rows + row, mask=row_ok, other=0.0
-        )
-        top = tl.maximum(top, own)
-    top = tl.where(top == float("-inf"), 0.0, top)
-
-    inner = tl.arange(0, PADDED)
-    total = tl.zeros((ROWS,), tl.float32)
-    rotated = tl.zeros((ROWS, PADDED), tl.float32)
-    for split in tl.range(0, packed_splits, loop_unroll_factor=4):
-        out_row = (tl.cast(split, tl.int64) * pairs + pair) * rows + row
-        share_of = tl.exp2(tl.load(tops_ptr + out_row, mask=row_ok, other=0.0) - top)
-        total += share_of * tl.load(totals_ptr + out_row, mask=row_ok, other=0.0)
-        own = tl.load(sums_ptr + out_row[:, None] * PADDED + inner[None, :], mask=row_ok[:, None], other=0.0)
-        rotated += share_of[:, None] * own
-
-    out_row = (tl.cast(packed_splits, tl.int64) * pairs + pair) * rows + row
-    share_of = tl.exp2(tl.load(tops_ptr + out_row, mask=row_ok, other=0.0) - top)
-    total += share_of * tl.load(totals_ptr + out_row, mask=row_ok, other=0.0)
-    result = share_of[:, None] * tl.load(
-        sums_ptr + out_row[:, None] * PADDED + column[None, :],
-        mask=row_ok[:, None] & column_ok[None, :],
-        other=0.0,
-    )
-    if packed_splits > 0:
-        value_place = tl.load(heads_ptr + 3 * place + 2)
-        channel = tl.load(channels_ptr + inner)
-        matrix = tl.load(
-            decode_ptr + value_place * decode_stride_h + channel[:, None] * HEAD_DIM + column[None, :],
-            mask=(channel >= 0)[:, None] & column_ok[None, :],
-            other=0.0,
-        )
-        if GAIN:
-            matrix *= tl.load(gain_ptr + batch * gain_stride_b + value_place)
-        result = tl.dot(rotated, matrix, result, input_precision=PRECISION)
-    # A row that may see nothing is padding, and gets zeros.
-    result = tl.where(total[:, None] > 0, result / tl.maximum(total, 1e-30)[:, None], 0.0)
-    head = tl.load(heads_ptr + 3 * place)
-    target = (
-        batch.to(tl.int64) * out_stride_b
-        + (row % query_tokens).to(tl.int64) * out_stride_q
-        + (head * share + row // query_tokens).to(tl.int64) * out_stride_h
-    )
-    tl.store(
-        out_ptr + target[:, None] + column[None, :],
-        result.to(out_ptr.dtype.element_ty),
-        mask=row_ok[:, None] & column_ok[None, :],
-    )

@@ -4,7 +4,7 @@ A part of W channels in b bits is stored as planes (modeling/bit_packing.py says
 are loaded once, as they lie; every plane gives tiles of W * b / 8 channels, which are interleaved in
 registers. A tile of centroids therefore has its channels in the order of `joined_channels`, and whoever
 multiplies with it loads the other operand in that order. Axis letters: N rows, W channels of a part,
-J = next power of 2 of W.
+J = next power of 2 of W, at least 16.
 """
 
 from functools import cache
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
+LEAST_JOINED: tl.constexpr = tl.constexpr(16)  # what a tensor core contracts at least
 CODES_PER_BYTE = {1: 8, 2: 4, 3: 8, 4: 2}  # 3 bits: per byte of the plane of high bits
 
 
@@ -22,15 +23,20 @@ def code_bytes(width: int, bits: int) -> int:
     return (width * bits + 7) // 8
 
 
+def joined_width(width: int) -> int:
+    """J of a part of `width` channels."""
+    return max(LEAST_JOINED.value, triton.next_power_of_2(width))
+
+
 @cache
 def joined_channels(width: int, bits: int) -> tuple[int, ...]:
     """The channel at each of the J places of a tile of `load_centroids`, -1 for padding."""
     if bits > 4:
-        return tuple(i if i < width else -1 for i in range(triton.next_power_of_2(width)))
+        return tuple(i if i < width else -1 for i in range(joined_width(width)))
     tiles = CODES_PER_BYTE[bits]
     size = width // tiles
     order = []
-    for i in range(triton.next_power_of_2(size)):
+    for i in range(joined_width(width) // tiles):
         for place in range(tiles):
             # Three bits take the low bits of half a tile after the other: its number counts halves last.
             number = place % 4 * 2 + place // 4 if bits == 3 else place
@@ -50,24 +56,33 @@ def centroid_table(centroids: tuple[float, ...], device: torch.device) -> torch.
     return torch.tensor(centroids, dtype=torch.float32, device=device)
 
 
-def check_packed(name, codes, scales, centroids, dim: int, device: torch.device) -> None:
-    """Raises ValueError unless codes [..., n, N] and scales [..., n, 1] can be read by `load_centroids`."""
-    bits = len(centroids).bit_length() - 1
-    if bits not in PLANES or len(centroids) != 2**bits:
-        raise ValueError(f"{name} must have 2 to 64 centroids, a power of 2; got {len(centroids)}")
-    if dim % 8:
-        raise ValueError(f"{name} must have a multiple of 8 channels; got {dim}")
-    if codes.dtype != torch.uint8 or codes.shape[-1] != code_bytes(dim, bits):
+def check_packed(name, codes, scales, centroids, dim: int, device: torch.device, parts=None) -> None:
+    """Raises ValueError unless codes [..., n, N] and scales [..., n, S] can be read by `load_centroids`.
+
+    `parts` are the width and bits of each part of the channels, (dim, bits of `centroids`) by default;
+    `centroids` are those of the parts one after the other.
+    """
+    parts = parts or (dim, len(centroids).bit_length() - 1)
+    widths, bits = parts[::2], parts[1::2]
+    if any(own not in PLANES for own in bits) or len(centroids) != sum(2**own for own in bits):
         raise ValueError(
-            f"{name} must be uint8 with {code_bytes(dim, bits)} bytes for {dim} channels of {bits} bits; got "
+            f"{name} must have 2 to 64 centroids in each part, a power of 2; got {len(centroids)} for "
+            f"{bits} bits"
+        )
+    if any(width % 8 or width <= 0 for width in widths) or sum(widths) != dim:
+        raise ValueError(f"{name} must have multiples of 8 channels, {dim} together; got {widths}")
+    size = sum(code_bytes(width, own) for width, own in zip(widths, bits))
+    if codes.dtype != torch.uint8 or codes.shape[-1] != size:
+        raise ValueError(
+            f"{name} must be uint8 with {size} bytes for {widths} channels of {bits} bits; got "
             f"{codes.dtype} with {codes.shape[-1]}"
         )
-    if codes.stride()[-2:] != (codes.shape[-1], 1) or scales.shape != (*codes.shape[:-1], 1):
+    if codes.stride()[-2:] != (size, 1) or scales.shape != (*codes.shape[:-1], len(bits)):
         raise ValueError(
-            f"{name} must lie token after token, with one scale each; got strides {codes.stride()} and "
-            f"scales {tuple(scales.shape)}"
+            f"{name} must lie token after token, with a scale for each part; got strides {codes.stride()} "
+            f"and scales {tuple(scales.shape)}"
         )
-    if scales.stride(-2) != 1:
+    if scales.stride()[-2:] != (len(bits), 1) and not (scales.stride(-2) == len(bits) == 1):
         raise ValueError(f"the scales of {name} must lie side by side; got strides {scales.stride()}")
     if codes.device != device or scales.device != device:
         raise ValueError(f"{name} must be on {device}; got {codes.device} and {scales.device}")
@@ -100,9 +115,14 @@ def _halves(words, TYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_bytes(row_ptr, row_ok, START: tl.constexpr, SIZE: tl.constexpr):
-    """uint8 [N, next power of 2 of SIZE]: SIZE bytes of every row from START on, 0 where there are none."""
-    PADDED: tl.constexpr = triton.next_power_of_2(SIZE)
+def _load_bytes(row_ptr, row_ok, START: tl.constexpr, SIZE: tl.constexpr, CODES: tl.constexpr):
+    """uint8 [N, next power of 2 of SIZE]: SIZE bytes of every row from START on, 0 where there are none.
+
+    At least as many as hold LEAST_JOINED codes, CODES in a byte.
+    """
+    LEAST: tl.constexpr = LEAST_JOINED // CODES
+    NEXT: tl.constexpr = triton.next_power_of_2(SIZE)
+    PADDED: tl.constexpr = NEXT if NEXT > LEAST else LEAST
     place = tl.arange(0, PADDED)
     ok = row_ok[:, None] & (place < SIZE)[None, :] if PADDED != SIZE else row_ok[:, None]
     return tl.load(row_ptr[:, None] + (START + place)[None, :], mask=ok, other=0)
@@ -121,7 +141,7 @@ def load_centroids(
 ):  # fmt: skip
     """Centroids [N, J] in TYPE, channels as `joined_channels` says. Padding channels hold some centroid."""
     if BITS == 4:
-        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 2)
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 2, 2)
         if ASSEMBLY == "":
             return _joined(_shifted(codes, table_ptr, 0, 4, TYPE), _shifted(codes, table_ptr, 4, 4, TYPE))
         else:
@@ -131,7 +151,7 @@ def load_centroids(
             )  # fmt: skip
             return _halves(words, TYPE)
     elif BITS == 2:
-        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 4)
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 4, 4)
         if ASSEMBLY == "":
             return _joined_four(
                 _shifted(codes, table_ptr, 0, 2, TYPE),
@@ -146,7 +166,7 @@ def load_centroids(
             )  # fmt: skip
             return _halves(_joined(a, b), TYPE)
     elif BITS == 1:
-        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 8)
+        codes = _load_bytes(row_ptr, row_ok, 0, WIDTH // 8, 8)
         if ASSEMBLY == "":
             even = _joined_four(
                 _shifted(codes, table_ptr, 0, 1, TYPE),
@@ -171,9 +191,9 @@ def load_centroids(
             return _halves(_joined_four(a, b, c, d), TYPE)
     elif BITS == 3:
         SIZE: tl.constexpr = WIDTH // 8
-        low0 = _load_bytes(row_ptr, row_ok, 0, SIZE)
-        low1 = _load_bytes(row_ptr, row_ok, SIZE, SIZE)
-        high = _load_bytes(row_ptr, row_ok, 2 * SIZE, SIZE)
+        low0 = _load_bytes(row_ptr, row_ok, 0, SIZE, 8)
+        low1 = _load_bytes(row_ptr, row_ok, SIZE, SIZE, 8)
+        high = _load_bytes(row_ptr, row_ok, 2 * SIZE, SIZE, 8)
         if ASSEMBLY == "":
             even = _joined_four(
                 _three_bit_tile(low0, high, table_ptr, 0, 0, TYPE),
@@ -197,8 +217,8 @@ def load_centroids(
             )  # fmt: skip
             return _halves(_joined_four(a, b, c, d), TYPE)
     else:  # 5 and 6 bits: every channel loads its bytes by itself
-        PADDED: tl.constexpr = triton.next_power_of_2(WIDTH)
-        channel = tl.arange(0, PADDED)
+        NEXT: tl.constexpr = triton.next_power_of_2(WIDTH)
+        channel = tl.arange(0, NEXT if NEXT > LEAST_JOINED else LEAST_JOINED)
         ok = row_ok[:, None] & (channel < WIDTH)[None, :]
         HALF: tl.constexpr = WIDTH // 2
         HIGH: tl.constexpr = WIDTH * (BITS - 4) // 8
