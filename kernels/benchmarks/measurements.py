@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 import torch
 from end_to_end import Model, step_time
-from operands import Attention, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls
+from operands import Attention, Bits, Encoding, Gathering, Pooling, Ranking, Routing, attention_calls
 from peers import (
     attention_twin,
     decoded_attention,
@@ -35,11 +35,16 @@ GATHERING_TOLERANCE = 5e-3  # packed rows are bfloat16 with products in TensorFl
 POOLING_TOLERANCE = 8e-3  # means are bfloat16, which an interpreter cuts off where a GPU rounds
 ENCODING_TOLERANCE = 1e-3  # a number that lies between two codes may get either
 TINY = {"heads": 4, "groups": 2, "packed": 96, "dim": 64, "recent": 20, "mean_group": 64}
-MIXTURES = {
-    4.0: ((4, 4),),
-    2.7: ((3, 3),) * 3 + ((3, 2),) * 5,
-    1.8: ((2, 2),) * 5 + ((2, 1),) * 3,
-}
+
+
+def coding(bits: float, dim: int) -> tuple[Bits, Bits]:
+    """Bits of keys and values that are no fewer than `bits` on average, scales included: parts below 4."""
+    half, quarter = dim // 2, dim // 4
+    return {
+        4.0: (4, 4),
+        2.7: (((half, 4), (half, 2)), ((quarter, 3), (dim - quarter, 2))),
+        1.8: (((half, 3), (half, 1)), ((half, 2), (half, 1))),
+    }[bits]
 
 
 class Session:
@@ -76,13 +81,13 @@ def decode(session: Session) -> Iterator[Result]:
         (1, 128, 2.7, 3.4),
         (1, 128, 1.8, 4.7),
     ):
-        shape = Attention(batch=batch, packed=context * 1024, bits=MIXTURES[bits])
-        ends = (shape.bits[0], shape.bits[-1])
-        shape = session.sized(shape, batch=min(batch, 2), bits=ends, **TINY)
+        shape = Attention(batch=batch, packed=context * 1024)
+        shape = session.sized(shape, batch=min(batch, 2), **TINY)
+        shape = replace(shape, bits=(coding(bits, shape.dim),))
         result = _attention(
             "decode_attention", f"decode, {batch} x {context}k, {bits:g} bits", shape, session
         )
-        result.note = f"{shape.average_bits:.2f} bits of codes"
+        result.note = f"{shape.average_bits:.2f} bits with scales"
         if result.right:
             ratio, share = result.ratio("SDPA"), result.of_copy(session.ceilings)
             result.bars = [

@@ -15,7 +15,6 @@ from msa_hf.modeling.codebooks import codebook
 from msa_hf.modeling.packed_states import ExactTokens, HeadCodes, LayerView
 from msa_hf.modeling.turboquant import PackedVectors, Transform, VectorQuantizer, scale_table
 
-
 Bits = int | tuple[tuple[int, int], ...]
 
 
@@ -24,8 +23,8 @@ class Attention:
     """One call of attention.
 
     Args:
-        bits: (key bits, value bits) of all heads, or of each; a number for all channels, or (channels, bits) of
-            each part.
+        bits: (key bits, value bits) of all heads, or of each; a number for all channels, or (channels, bits)
+            of each part.
         packed: P. recent: L, the query tokens included. mean_group: 0 for keys without means.
     """
 

@@ -55,18 +55,18 @@ def combine_splits_kernel(
     )
     if packed_splits > 0:
         value_place = tl.load(heads_ptr + 3 * place + 2)
-        decode_ptr += value_place * decode_stride_h + column[None, :]
+        columns_ptr = decode_ptr + value_place * decode_stride_h + column[None, :]
         gain = 1.0
         if GAIN:
             gain = tl.load(gain_ptr + batch * gain_stride_b + value_place)
         channel = tl.load(channels_ptr + tl.arange(0, JOINED))[:, None]
         there = (channel >= 0) & column_ok[None, :]
-        matrix = gain * tl.load(decode_ptr + channel * HEAD_DIM, mask=there, other=0.0)
+        matrix = gain * tl.load(columns_ptr + channel * HEAD_DIM, mask=there, other=0.0)
         result = tl.dot(rotated, matrix, result, input_precision=PRECISION)
         if JOINED2 > 0:
             channel = tl.load(channels_ptr + JOINED + tl.arange(0, JOINED2))[:, None]
             there = (channel >= 0) & column_ok[None, :]
-            matrix = gain * tl.load(decode_ptr + channel * HEAD_DIM, mask=there, other=0.0)
+            matrix = gain * tl.load(columns_ptr + channel * HEAD_DIM, mask=there, other=0.0)
             result = tl.dot(rotated2, matrix, result, input_precision=PRECISION)
     # A row that may see nothing is padding, and gets zeros.
     result = tl.where(total[:, None] > 0, result / tl.maximum(total, 1e-30)[:, None], 0.0)
