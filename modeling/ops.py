@@ -21,7 +21,6 @@ from .kernel_memory import dense_rows, kernel_document_scores, kernel_pool_chunk
 from .packed_states import LayerView
 from .routing_products import document_scores as plain_document_scores
 from .routing_products import pool_chunks as plain_pool_chunks
-from .triton_ops import load_kernels
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,9 @@ def kernels_for(device: torch.device) -> Any | None:
         return None
     if _kernels["loaded"] is None:
         try:
-            _kernels["loaded"] = load_kernels()
+            from .triton_ops import kernels
+
+            _kernels["loaded"] = kernels
         except Exception as error:  # triton is absent, or one that these kernels cannot be built with
             _note_failure(error)
     return _kernels["loaded"]

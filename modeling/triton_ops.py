@@ -1,14 +1,12 @@
-"""Where the Triton kernels come from. Beside remote code, this file holds their source instead."""
+"""Where the Triton kernels come from. Beside remote code, this file holds their source instead.
 
-from typing import Any
+Only imported when a kernel is wanted. Raises ImportError, saying what is missing.
+"""
 
+try:
+    from msa_hf import kernels
+except ImportError as error:
+    raise ImportError(f"the kernels come with msa_hf: {error}") from error
 
-def load_kernels() -> Any:
-    """The package of the kernels. Raises ImportError, saying what is missing."""
-    try:
-        import msa_hf.kernels
-    except ImportError as error:
-        raise ImportError(f"the kernels come with msa_hf: {error}") from error
-    if not msa_hf.kernels.available:
-        raise ImportError("the kernels need triton: pip install triton")
-    return msa_hf.kernels
+if not kernels.available:
+    raise ImportError("the kernels need triton: pip install triton")

@@ -58,7 +58,7 @@ def export_kernels(folder: str | Path) -> Path:
 
 
 def amalgamate() -> str:
-    """Source of one flat module with the operators of all files and `available`.
+    """Source of one flat module with the operators of all files, `available`, and all of it as `kernels`.
 
     Triton reads the source of kernels, so it must lie in a file before it is imported.
 
@@ -70,13 +70,13 @@ def amalgamate() -> str:
     package = modules.pop("__init__")
     ordered = _ordered(modules)
     _check_names(ordered)
-    imports = {line for module in ordered for line in module.imports}
+    imports = {"import types", *(line for module in ordered for line in module.imports)}
     triton = sorted(line for line in imports if line.split()[1].split(".")[0] == "triton")
     parts = [_HEADER, "\n".join(sorted(imports - set(triton))) + "\n"]
     if triton:
         parts.append(_TRITON.format(imports="\n    ".join(triton)))
     parts += [f"# {module.name}.py: {module.summary}\n\n{module.body}" for module in ordered]
-    parts.append(f"available = {package.available!r}\n")
+    parts.append(f"available = {package.available!r}\nkernels = types.SimpleNamespace(**globals())\n")
     return "\n\n".join(parts)
 
 

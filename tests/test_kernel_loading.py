@@ -135,6 +135,40 @@ def test_copies_share_a_process(arguments, amalgam, tmp_path):
     assert all(torch.equal(result, arguments[1]) for result in results)
 
 
+REMOTE_CODE = """
+import sys, torch
+sys.modules["msa_hf"] = None
+from remote_model import ops
+from remote_model.attention_turboquant import turboquant_attention
+from remote_model.cache_settings import CacheSettings
+from remote_model.layer_turboquant import TurboQuantLayer
+
+torch.manual_seed(0)
+keys, values, query = torch.randn(3, 1, 2, 100, 64).to("cuda" if torch.cuda.is_available() else "cpu")
+outputs = []
+for choice in (True, False):
+    ops.use_kernels(choice)
+    assert (ops.backend(keys.device)[0] == "triton") == choice, ops.backend(keys.device)
+    layer = TurboQuantLayer(CacheSettings(window=16, block=16, mean_group=32))
+    layer.update(keys[:, :, :99], values[:, :, :99])
+    handles = layer.update(keys[:, :, 99:], values[:, :, 99:])
+    outputs.append(turboquant_attention(torch.nn.Module(), query[:, :, :1], *handles, None)[0])
+assert torch.allclose(*outputs, atol=2e-2), (outputs[0] - outputs[1]).abs().max()
+"""
+
+
+def test_remote_code_has_kernels_without_msa_hf(amalgam, tmp_path):
+    """The modeling files as they travel with a checkpoint, the one file of kernels among them."""
+    folder = tmp_path / "remote_model"
+    folder.mkdir()
+    for source in (*(ROOT / "modeling").glob("*.py"), amalgam):
+        (folder / source.name).write_text(source.read_text())
+    (tmp_path / "program.py").write_text(REMOTE_CODE)
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_one_file_passes_the_check_of_remote_code(amalgam):
     """Transformers refuses files whose imports are missing, unless they are inside `try`."""
     assert f"available = {kernels.available!r}" in amalgam.read_text()
