@@ -9,10 +9,16 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from .ops import with_kernels
+
 
 def top_documents(scores: torch.Tensor, k: int) -> list[torch.Tensor]:
     """The k best documents of each row of scores [B, N], best first; equal scores by lower number; never a
     score of -inf."""
+    best = with_kernels(scores.device, lambda kernels: kernels.top_documents(scores, k))
+    if best is not None:
+        values, documents = best
+        return [own[kept] for own, kept in zip(documents, values > -torch.inf)]
     if scores.shape[1] > 4 * k:
         threshold = scores.topk(k, dim=1).values[:, -1:]
         candidates = scores >= threshold

@@ -63,7 +63,9 @@ def test_generation_with_kernels_gives_the_same_tokens(mode, monkeypatch, with_k
 
 def test_memory_with_kernels_answers_alike(monkeypatch, tiny_tokenizer, with_kernels):
     model = tiny_model("qwen3").to(DEVICE)
-    calls = count_calls(monkeypatch, "pool_chunks", "route_scores", "document_maxima", "gather_dense")
+    calls = count_calls(
+        monkeypatch, "pool_chunks", "route_scores", "document_maxima", "top_documents", "gather_dense"
+    )
 
     def answer():
         bank = model.encode_memory(DOCUMENTS, tiny_tokenizer)
