@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 import triton.language as tl
 
 from .attention_kernels import attend_splits_kernel
 from .codes import centroid_table, check_packed, joined_channels
 from .combine_kernel import combine_splits_kernel
-from .launch import launch_parameters, processors
+from .launch import ceil_div, launch_parameters, power_of_2, processors
 from .lookup import assembly_for, byte_tables, lookup_assembly
 from .registration import TRITON_TYPES, interpreted, operator
 
@@ -217,7 +216,7 @@ def _attend(
     # Rotated queries are scaled to 1 and take half precision; weights times scales may have any size.
     keys = _CodedParts.of(key_centroids, key_parts, dim, device, torch.float16)
     values = _CodedParts.of(value_centroids, value_parts, dim, device, torch.bfloat16)
-    padded, rows = triton.next_power_of_2(dim), share * query_tokens
+    padded, rows = power_of_2(dim), share * query_tokens
     sum_width = max(padded, values.joined)
     settings = launch_parameters(kernel, device)
     block, tokens = settings.pop("ROWS"), settings.pop("TOKENS")
@@ -226,10 +225,10 @@ def _attend(
     if max(keys.count, values.count) > 1:
         least = 16 if kernel == "decode_attention" else 8
         block, tokens = max(min(block, least), block // 2), max(16, tokens // 2)
-    block = min(block, max(8, triton.next_power_of_2(rows)))
+    block = min(block, max(8, power_of_2(rows)))
     if means is not None:
         tokens = min(tokens, mean_group & -mean_group)  # a tile lies within one group
-    blocks = triton.cdiv(rows, block)
+    blocks = ceil_div(rows, block)
     split_tokens, splits = _divided(packed, means, mean_group, tokens, batch * count * blocks, device)
     sums = torch.empty(splits + 1, batch * count, rows, sum_width, dtype=torch.float32, device=device)
     tops = torch.empty(sums.shape[:-1], dtype=torch.float32, device=device)
@@ -271,7 +270,7 @@ def _attend(
     )  # fmt: skip
     merging = launch_parameters("combine_splits", device)
     merge_block, columns = merging.pop("ROWS"), min(padded, merging.pop("COLUMNS"))
-    combine_splits_kernel[(triton.cdiv(rows, merge_block), triton.cdiv(dim, columns), batch * count)](
+    combine_splits_kernel[(ceil_div(rows, merge_block), ceil_div(dim, columns), batch * count)](
         out, heads, sums, tops, totals, value_decode, absent if value_gain is None else value_gain,
         values.channels,
         query_tokens, share, count, splits,
@@ -345,5 +344,5 @@ def _divided(packed, means, mean_group: int, tokens: int, others: int, device) -
         return tokens, 0
     unit = tokens if means is None else mean_group
     wanted = max(1, PROGRAMS_PER_PROCESSOR * processors(device) // others)
-    split_tokens = triton.cdiv(triton.cdiv(packed, wanted), unit) * unit
-    return split_tokens, triton.cdiv(packed, split_tokens)
+    split_tokens = ceil_div(ceil_div(packed, wanted), unit) * unit
+    return split_tokens, ceil_div(packed, split_tokens)

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-# kernel -> compute capability -> parameters; (0, 0) serves everything else, the interpreter too.
+# kernel -> compute capability -> parameters; (0, 0) serves everything else, the interpreter too. With
+# maxnreg the compiler moves no registers to local memory for the sake of one more program on a processor.
 PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     "decode_attention": {
         (0, 0): {"ROWS": 16, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
@@ -18,9 +19,13 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     },
     "prefill_attention": {
         (0, 0): {"ROWS": 32, "TOKENS": 32, "num_warps": 4, "num_stages": 2},
+        (8, 0): {"ROWS": 32, "TOKENS": 16, "num_warps": 4, "num_stages": 2},
         (9, 0): {"ROWS": 128, "TOKENS": 32, "num_warps": 8, "num_stages": 2},
     },
-    "combine_splits": {(0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1}},
+    "combine_splits": {
+        (0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1},
+        (8, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 224},
+    },
     "prepare_questions": {
         (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
         (8, 0): {"BLOCK": 1, "num_warps": 4, "num_stages": 1},
@@ -30,7 +35,10 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
         (8, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1},
         (9, 0): {"ROWS": 64, "TILES": 8, "num_warps": 4, "num_stages": 1},
     },
-    "encode_wide": {(0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1}},
+    "encode_wide": {
+        (0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1},
+        (8, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1, "maxnreg": 224},
+    },
     "route_packed": {
         (0, 0): {"BLOCK": 128, "ROWS": 32, "num_warps": 4, "num_stages": 3},
         (8, 0): {"BLOCK": 64, "ROWS": 32, "num_warps": 4, "num_stages": 3},
@@ -87,3 +95,13 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_2(number: int) -> int:
+    """The next power of 2. Triton's own is made for kernels and costs microseconds on the host."""
+    return 1 << (number - 1).bit_length()
+
+
+def ceil_div(number: int, size: int) -> int:
+    """Parts of `size` that cover `number`; see `power_of_2`."""
+    return -(-number // size)

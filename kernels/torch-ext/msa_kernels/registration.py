@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import wraps
 
 import torch
 import triton
@@ -17,6 +18,9 @@ NAMESPACE = "msa_kernels_" + hashlib.sha256((__package__ or __name__).encode()).
 def operator(fake: Callable | None = None, mutates: Iterable[str] = ()) -> Callable:
     """Decorator: a launcher becomes the operator `NAMESPACE::name of the function`.
 
+    torch.compile sees the operator. Elsewhere the launcher is called as it is, because torch's way to an
+    operator takes a multiple of the launch, and a decode step has one in every layer.
+
     Args:
         fake: the outputs' shapes and types, from the same arguments; None for an operator without outputs.
         mutates: names of the arguments that it writes to.
@@ -26,7 +30,12 @@ def operator(fake: Callable | None = None, mutates: Iterable[str] = ()) -> Calla
         name = f"{NAMESPACE}::{function.__name__}"
         defined = torch.library.custom_op(name, function, mutates_args=tuple(mutates))
         defined.register_fake(fake or (lambda *args, **kwargs: None))
-        return defined
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            return (defined if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return call
 
     return register
 
