@@ -4,7 +4,7 @@ Axis letters: B batch, T tokens, H query heads, G key/value heads, D head dim, W
 chunks, N documents, P memory vectors in the prefix.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional as F
@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from .configuration_msa import MemorySettings
 from .errors import MemoryMismatchError
 from .lexical import LexicalIndex
-from .memory_files import read_memory, write_memory
+from .memory_files import NAMES, read_memory, write_memory
 from .ops import document_scores, memory_prefix
+from .packed_vectors import PackedRows, RowCoder, RowPacking
 
 
 class DenseVectors:
@@ -40,8 +41,17 @@ class DenseVectors:
         return self.data.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows up to which a slice is worth its memory; here it is none."""
+        return max(1, len(self))
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start, width]: consecutive rows, as routing reads them."""
@@ -57,15 +67,19 @@ class DenseVectors:
     def to(self, device: torch.device | str) -> "DenseVectors":
         return DenseVectors(self.data.to(device))
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a file holds, by the ending of its name."""
+        return {"": self.data}
+
 
 @dataclass
 class LayerMemory:
     """One router layer's vectors: keys and values [C, W], router keys [R, W] (L2-normalised per head unless
-    "dot")."""
+    "dot"). Each of them is dense or packed."""
 
-    keys: DenseVectors
-    values: DenseVectors
-    router_keys: DenseVectors
+    keys: DenseVectors | PackedRows
+    values: DenseVectors | PackedRows
+    router_keys: DenseVectors | PackedRows
 
     @property
     def nbytes(self) -> int:
@@ -148,12 +162,42 @@ class MemoryBank:
         memory, settings = self.layers[layer], self.settings
         ids = [chosen.sort().values.to(self.chunk_counts.device) for chosen in documents]
         totals = torch.stack([self.chunk_counts[chosen].sum() for chosen in ids])
-        device = memory.keys.data.device
+        device = memory.keys.device
         mask = torch.arange(int(totals.max())) < totals[:, None]
         rows = torch.full(mask.shape, -1, dtype=torch.int64)
         rows = rows.masked_scatter(mask, segment_rows(self._first_chunk, torch.cat(ids))).to(device)
         keys, values = memory_prefix(memory.keys, memory.values, rows, settings.num_key_value_heads)
         return keys, values, mask.to(device)
+
+    def pack(
+        self, key_bits: int | None = 4, value_bits: int | None = 4, router_bits: int | None = 4
+    ) -> "MemoryBank":
+        """A new bank with its vectors as TurboQuant codes of 1 to 4 bits per number; None leaves them as they
+        are.
+
+        Documents, settings and whatever is not packed are shared with this bank. Routing and reading decode
+        what they need: a tile of router keys at a time, and the keys and values of the chosen documents.
+
+        Raises:
+            ValueError: for other bits, or vectors that are already packed or hold NaN or infinity.
+        """
+        bits = {"keys": key_bits, "values": value_bits, "router_keys": router_bits}
+        packing = {name: packing_of(name, own) for name, own in bits.items() if own is not None}
+        heads, layers = self.settings.num_key_value_heads, {}
+        for layer, memory in self.layers.items():
+            parts = {name: getattr(memory, name) for name in NAMES}
+            for name, own in packing.items():
+                if not isinstance(parts[name], DenseVectors):
+                    raise ValueError(
+                        f"{name} must be dense to be packed; layer {layer} has them in "
+                        f"{parts[name].coder.packing.bits} bits. Pack the bank that was encoded"
+                    )
+                vectors = parts[name].data
+                parts[name] = PackedRows.code(vectors, RowCoder.fit(vectors, heads, own))
+            layers[layer] = LayerMemory(**parts)
+        bank = replace(self, layers=layers)
+        bank._lexical = self._lexical
+        return bank
 
     def to(self, device: torch.device | str) -> "MemoryBank":
         """Moves the vectors to `device`, in place."""
@@ -180,8 +224,14 @@ class MemoryBank:
             "vector_bytes": total,
             "router_key_bytes": router_bytes,
             "text_bytes": sum(len(text.encode()) for text in self.documents),
+            **{f"{name}_bits": self._bits(name) for name in NAMES},
             "vector_bytes_per_token": total / max(1, self.num_tokens),
         }
+
+    def _bits(self, name: str) -> int | None:
+        """Bits per number of the codes, None for dense vectors."""
+        stored = (getattr(memory, name) for memory in self.layers.values())
+        return next((own.coder.packing.bits for own in stored if isinstance(own, PackedRows)), None)
 
     def check_model(self, settings: MemorySettings, fingerprint: dict | None) -> None:
         """Raises MemoryMismatchError, saying what differs, unless a model with these settings made this
@@ -205,13 +255,18 @@ class MemoryBank:
 
         The old memory stays readable until the new one is complete.
         """
-        tensors = {"token_counts": self.token_counts}
+        tensors, packing = {"token_counts": self.token_counts}, {}
         for layer, memory in self.layers.items():
-            for name in ("keys", "values", "router_keys"):
-                tensors[f"layers.{layer}.{name}"] = getattr(memory, name).data
+            for name in NAMES:
+                storage, prefix = getattr(memory, name), f"layers.{layer}.{name}"
+                tensors.update({f"{prefix}{end}": tensor for end, tensor in storage.tensors().items()})
+                if isinstance(storage, PackedRows):
+                    packing[prefix] = storage.settings()
         for layer, (keys, values) in self.head.items():
             tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"] = keys, values
-        write_memory(directory, self.documents, tensors, self.settings, self.fingerprint, self.metadata)
+        write_memory(
+            directory, self.documents, tensors, self.settings, self.fingerprint, self.metadata, packing
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str, model=None, tokenizer=None) -> "MemoryBank":
@@ -225,16 +280,15 @@ class MemoryBank:
             MemoryFormatError: damaged, incomplete or of an unknown format version.
             MemoryMismatchError: made by another model.
         """
-        documents, tensors, settings, fingerprint, metadata = read_memory(directory)
-        layers = {
-            layer: LayerMemory(
-                *(
-                    DenseVectors(tensors[f"layers.{layer}.{name}"])
-                    for name in ("keys", "values", "router_keys")
-                )
-            )
-            for layer in settings.router_layers
-        }
+        documents, tensors, settings, fingerprint, metadata, packed = read_memory(directory)
+        layers = {}
+        for layer in settings.router_layers:
+            prefixes = {name: f"layers.{layer}.{name}" for name in NAMES}
+            parts = {
+                name: packed[prefix] if prefix in packed else DenseVectors(tensors[prefix])
+                for name, prefix in prefixes.items()
+            }
+            layers[layer] = LayerMemory(**parts)
         heads = sorted(
             int(name.split(".")[1]) for name in tensors if name.startswith("head.") and "keys" in name
         )
@@ -246,6 +300,11 @@ class MemoryBank:
             bank.check_model(model.config.memory_settings, model.fingerprint())
             bank.to(model.device)
         return bank
+
+
+def packing_of(name: str, bits: int) -> RowPacking:
+    """How keys, values or router keys are packed in `bits`; chosen by measurement (BENCHMARKS.md)."""
+    return RowPacking(bits, centered=name != "router_keys")
 
 
 def chunk_counts(token_counts: torch.Tensor, chunk_size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from .memory_bank import DenseVectors, LayerMemory, MemoryBank, chunk_counts, first_rows, segment_rows
+from .memory_files import NAMES
 from .ops import pool_chunks
 from .prompts_msa import document_prompt, template_head
 
@@ -23,7 +24,6 @@ CPU_BATCH_TOKENS, BATCH_TOKENS = (
     2048,
     16384,
 )  # small batches stay in a CPU's caches: 1.5 times as fast as 8192
-NAMES = ("keys", "values", "router_keys")
 
 
 class DenseRecorder:

@@ -1,8 +1,8 @@
 """How a memory lies on disk: memory.json, documents-*.jsonl and vectors-*.safetensors.
 
 memory.json names the other two with their sizes and is replaced last, in one step, so a directory always
-holds one
-whole memory: the old one until the new one is complete.
+holds one whole memory: the old one until the new one is complete. A memory whose vectors are all dense has
+format version 1; one with packed vectors has version 2 and tells in memory.json how each is packed.
 """
 
 import hashlib
@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from .configuration_msa import MemorySettings
 from .errors import MemoryFormatError
+from .packed_vectors import PackedRows
 
-FORMAT_VERSION = 1
+DENSE_VERSION, PACKED_VERSION = 1, 2
+NAMES = ("keys", "values", "router_keys")
 INDEX = "memory.json"
 
 
@@ -30,8 +32,12 @@ def write_memory(
     settings: MemorySettings,
     fingerprint: dict | None,
     metadata: dict,
+    packing: dict[str, dict] | None = None,
 ) -> None:
-    """Writes a whole memory to `directory`; see `MemoryBank.save_pretrained`."""
+    """Writes a whole memory to `directory`; see `MemoryBank.save_pretrained`.
+
+    `packing` are the settings of the packed vectors by the prefix of their tensors' names.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     stamp = uuid.uuid4().hex[:12]
@@ -43,7 +49,8 @@ def write_memory(
     write_tensors(directory / names["vectors"], tensors)
     index = {
         "format": "msa_hf memory",
-        "format_version": FORMAT_VERSION,
+        "format_version": PACKED_VERSION if packing else DENSE_VERSION,
+        **({"packing": packing} if packing else {}),
         "settings": asdict(settings),
         "fingerprint": fingerprint,
         "metadata": metadata,
@@ -60,7 +67,9 @@ def write_memory(
 
 
 def read_memory(directory: str | Path):
-    """(documents, tensors, settings, fingerprint, metadata) of the memory in `directory`.
+    """(documents, tensors, settings, fingerprint, metadata, storages) of the memory in `directory`.
+
+    `storages` are `PackedRows` by prefix, such as "layers.4.keys", for what is packed.
 
     Raises:
         FileNotFoundError: there is no memory. MemoryFormatError: it is damaged or of another format version.
@@ -71,10 +80,10 @@ def read_memory(directory: str | Path):
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         version = index["format_version"]
-        if version != FORMAT_VERSION:
+        if version not in (DENSE_VERSION, PACKED_VERSION):
             raise MemoryFormatError(
-                f"{directory / INDEX}: format_version must be {FORMAT_VERSION} for this release; got "
-                f"{version!r}"
+                f"{directory / INDEX}: format_version must be {DENSE_VERSION} or {PACKED_VERSION} for this "
+                f"release; got {version!r}"
             )
         paths = {
             kind: directory / check_file_name(index["files"][kind]["name"], INDEX)
@@ -88,14 +97,15 @@ def read_memory(directory: str | Path):
         with open(paths["documents"], encoding="utf-8") as file:
             documents = [json.loads(line)["text"] for line in file]
         tensors = load_file(paths["vectors"])
-        _check_tensors(tensors, settings, len(documents))
+        packing = index["packing"] if version == PACKED_VERSION else {}
+        storages = _checked_storages(tensors, settings, len(documents), packing)
     except MemoryFormatError:
         raise
     except (KeyError, TypeError, ValueError, SafetensorError, RecursionError) as error:
         raise MemoryFormatError(
             f"the memory in {directory} is damaged: {error!r}. Encode its documents again."
         ) from error
-    return documents, tensors, settings, index["fingerprint"], index["metadata"]
+    return documents, tensors, settings, index["fingerprint"], index["metadata"], storages
 
 
 def _settings(stored: dict) -> MemorySettings:
@@ -105,25 +115,29 @@ def _settings(stored: dict) -> MemorySettings:
     )
 
 
-def _check_tensors(tensors: dict, settings: MemorySettings, documents: int) -> None:
-    """Shapes must follow from the token counts, or a swapped file would give garbage."""
+def _checked_storages(
+    tensors: dict, settings: MemorySettings, documents: int, packing: dict[str, dict]
+) -> dict[str, PackedRows]:
+    """The packed storages. Shapes must follow from the token counts, or a swapped file would give garbage."""
     counts = tensors["token_counts"]
     if counts.dtype != torch.int64 or counts.shape != (documents,) or (counts < 0).any():
         raise MemoryFormatError(
             f"token_counts must be {documents} non-negative int64; got {counts.dtype} {counts.shape}"
         )
-    width = settings.num_key_value_heads * settings.head_dim
-    for name, size in (
-        ("keys", "chunk_size"),
-        ("values", "chunk_size"),
-        ("router_keys", "router_chunk_size"),
-    ):
-        chunk = getattr(settings, size)
-        expected = (int(((counts + chunk - 1) // chunk).sum()), width)
-        for layer in settings.router_layers:
-            shape = tuple(tensors[f"layers.{layer}.{name}"].shape)
-            if shape != expected:
-                raise MemoryFormatError(f"layers.{layer}.{name} must have shape {expected}; got {shape}")
+    known = {f"layers.{layer}.{name}" for layer in settings.router_layers for name in NAMES}
+    if not isinstance(packing, dict) or not set(packing) <= known:
+        raise MemoryFormatError(f"packing must name vectors of this memory; got {packing!r}")
+    heads, storages = (settings.num_key_value_heads, settings.head_dim), {}
+    for prefix in sorted(known):
+        chunk = settings.router_chunk_size if prefix.endswith(".router_keys") else settings.chunk_size
+        rows = int(((counts + chunk - 1) // chunk).sum())
+        if prefix in packing:
+            storages[prefix] = PackedRows.from_tensors(packing[prefix], tensors, prefix, (rows, *heads))
+            continue
+        shape, expected = tuple(tensors[prefix].shape), (rows, heads[0] * heads[1])
+        if shape != expected:
+            raise MemoryFormatError(f"{prefix} must have shape {expected}; got {shape}")
+    return storages
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,14 @@ from .code_products_compiled import centroid_scores as compiled_centroid_scores
 from .code_products_compiled import centroid_sums as compiled_centroid_sums
 from .code_products_compiled import serves as compiled_serves
 from .kernel_attention import kernel_attention, unserved
-from .kernel_memory import dense_rows, kernel_document_scores, kernel_pool_chunks, unserved_routing
+from .kernel_memory import (
+    dense_rows,
+    kernel_document_scores,
+    kernel_memory_prefix,
+    kernel_pool_chunks,
+    unserved_gathering,
+    unserved_routing,
+)
 from .packed_states import LayerView
 from .routing_products import document_scores as plain_document_scores
 from .routing_products import pool_chunks as plain_pool_chunks
@@ -173,8 +180,8 @@ def document_scores(
     Args:
         queries: [B, H, T, D] router queries, already normalised and scaled as the checkpoint wants it.
         question_mask: [B, T] bool, tokens that route; at least one per row.
-        keys: vector storage of C rows [W] (see `memory_bank.DenseVectors`), the router keys of all chunks in
-            document order.
+        keys: vector storage of C rows [W] (`memory_bank.DenseVectors`, `packed_vectors.PackedRows`), the
+            router keys of all chunks in document order.
         chunk_counts: [N] router chunks of each document (0 for an empty document, whose score is -inf).
 
     Returns:
@@ -201,12 +208,13 @@ def memory_prefix(keys, values, rows: torch.Tensor, heads: int) -> tuple[torch.T
     """K and V [B, G, P, D] of rows of a bank; zeros where a row is negative.
 
     Args:
-        keys, values: vector storages of C rows [W] (see `memory_bank.DenseVectors`), pooled keys and values.
+        keys, values: vector storages of C rows [W] (`memory_bank.DenseVectors`, `packed_vectors.PackedRows`),
+            pooled keys and values.
         rows: [B, P] int64. heads: G.
     """
-    prefix, dense = None, dense_rows(keys, values)
-    if dense is not None and not _differentiated(*dense):
-        prefix = with_kernels(rows.device, lambda kernels: kernels.gather_dense(*dense, rows, heads))
+    prefix, arguments = None, (keys, values, rows, heads)
+    if not unserved_gathering(keys, values) and not _differentiated(*(dense_rows(keys, values) or ())):
+        prefix = with_kernels(rows.device, lambda kernels: kernel_memory_prefix(kernels, *arguments))
     if prefix is not None:
         return prefix
     absent, index = (rows < 0)[..., None], rows.clamp_min(0).flatten()

@@ -51,7 +51,7 @@ def document_scores(
     folded = folded.to(keys.dtype)
     chunk_counts = chunk_counts.to(queries.device)
     offsets = F.pad(chunk_counts.cumsum(0), (1, 0)).tolist()
-    budget = max(1, TILE_ELEMENTS // (batch * folded.shape[2]))
+    budget = min(keys.tile_rows, max(1, TILE_ELEMENTS // (batch * folded.shape[2])))
     reductions = (head_reduction, query_reduction, chunk_reduction)
     scores = []
     for start, stop in _document_tiles(offsets, budget):

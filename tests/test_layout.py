@@ -32,6 +32,7 @@ MODELING_FLOORS = {
     "growing_tensor": 1,
     "packed_heads": 1,
     "packed_states": 1,
+    "packed_vectors": 1,
     "cache_settings": 1,
     "fitted_transforms": 1,
     "key_value_gradients": 1,

@@ -26,10 +26,10 @@ QUESTIONS = ["Which city lies on the Seine?", "What spoils?"]
 
 
 def tiny_model(
-    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields
+    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, head_dim: int = 8, **fields
 ) -> MSAForCausalLM:
     """Random model on a random backbone; routers as random as the rest."""
-    backbone = tiny_backbone(kind, seed)
+    backbone = tiny_backbone(kind, seed, head_dim=head_dim)
     config = MSAConfig.from_backbone(backbone.config, **{**MEMORY, **fields})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
