@@ -221,7 +221,7 @@ def _attend(
     settings = launch_parameters(kernel, device)
     block, tokens = settings.pop("ROWS"), settings.pop("TOKENS")
     if padded > 128:  # the table is for head dims up to 128 and codes of one part
-        block, tokens = max(8, block * 128 // padded), tokens * 128 // padded
+        block, tokens = max(8, block * 128 // padded), max(16, tokens * 128 // padded)
     if max(keys.count, values.count) > 1:
         least = 16 if kernel == "decode_attention" else 8
         block, tokens = max(min(block, least), block // 2), max(16, tokens // 2)

@@ -163,7 +163,14 @@ def _mean_scores(
     return scores
 
 
-@triton.jit
+# What changes from step to step is not specialised on, or generation would stop for a compiler now and then.
+@triton.jit(
+    do_not_specialize=(
+        "packed", "recent", "split_tokens", "packed_splits", "head_count", "window", "mask_stride_b",
+        "key_scales_stride_b", "key_scales_stride_h", "value_scales_stride_b", "value_scales_stride_h",
+    ),
+    do_not_specialize_on_alignment=("query_tokens",),
+)  # fmt: skip
 def attend_splits_kernel(
     query_ptr, heads_ptr,
     key_codes_ptr, key_scales_ptr, key_decode_ptr, key_gain_ptr,
@@ -256,7 +263,7 @@ def attend_splits_kernel(
         if MEAN_GROUP > 0:
             means_ptr += batch.to(tl.int64) * means_stride_b + head.to(tl.int64) * means_stride_g
 
-        first = split * split_tokens
+        first = split * tl.multiple_of(split_tokens, 16)
         last = tl.minimum(packed, first + split_tokens)
         span = last - first
         if MEAN_GROUP > 0:

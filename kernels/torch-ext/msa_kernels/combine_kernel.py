@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("packed_splits", "head_count"), do_not_specialize_on_alignment=("query_tokens",)
+)
 def combine_splits_kernel(
     out_ptr, heads_ptr, sums_ptr, tops_ptr, totals_ptr, decode_ptr, gain_ptr, channels_ptr,
     query_tokens, share, head_count, packed_splits, gain_stride_b, decode_stride_h,
@@ -33,9 +35,10 @@ def combine_splits_kernel(
 
     total = tl.zeros((ROWS,), tl.float32)
     rotated = tl.zeros((ROWS, JOINED), tl.float32)
+    UNROLL: tl.constexpr = 4 if JOINED + JOINED2 <= 256 else 2  # loads under way at once
     if JOINED2 > 0:
         rotated2 = tl.zeros((ROWS, JOINED2), tl.float32)
-    for split in tl.range(0, packed_splits, loop_unroll_factor=4):
+    for split in tl.range(0, packed_splits, loop_unroll_factor=UNROLL):
         split_row = (tl.cast(split, tl.int64) * pairs + pair) * rows + row
         part = tl.exp2(tl.load(tops_ptr + split_row, mask=row_ok, other=0.0) - top)
         total += part * tl.load(totals_ptr + split_row, mask=row_ok, other=0.0)

@@ -170,7 +170,10 @@ def encode_states(
     wide = size > (64 if crowded else 128)
     block = launch_parameters("encode_wide" if wide else "encode", states[0].device)
     rows, most = block.pop("ROWS"), block.pop("TILES")
-    rows = rows // 2 if crowded and size > 128 else rows
+    if crowded and size > 128:
+        rows //= 2
+    if wide and any(own[0] == 3 for own in options):
+        rows //= 2
     programs = batch * max(stored.shape[1] for stored in codes) * len(states)
     group = mean_group if means is not None else tokens
     tiles = triton.cdiv(min(group, tokens), rows)

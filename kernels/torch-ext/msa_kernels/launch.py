@@ -24,7 +24,7 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     },
     "combine_splits": {
         (0, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1},
-        (8, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 224},
+        (8, 0): {"ROWS": 16, "COLUMNS": 32, "num_warps": 4, "num_stages": 1, "maxnreg": 255},
     },
     "prepare_questions": {
         (0, 0): {"BLOCK": 16, "num_warps": 4, "num_stages": 1},
@@ -38,6 +38,7 @@ PARAMETERS: dict[str, dict[tuple[int, int], dict[str, int]]] = {
     "encode_wide": {
         (0, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1},
         (8, 0): {"ROWS": 32, "TILES": 8, "num_warps": 8, "num_stages": 1, "maxnreg": 224},
+        (9, 0): {"ROWS": 64, "TILES": 8, "num_warps": 8, "num_stages": 1},
     },
     "route_packed": {
         (0, 0): {"BLOCK": 128, "ROWS": 32, "num_warps": 4, "num_stages": 3},
