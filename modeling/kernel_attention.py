@@ -117,7 +117,5 @@ def _centroids(parts: tuple[tuple[int, int], ...]) -> tuple[float, ...]:
 
 @lru_cache(maxsize=16)
 def scale_levels(device: torch.device) -> torch.Tensor:
-    """`turboquant.scale_table` as float32 [256] on a device; the last level is never written."""
-    table = torch.zeros(256, dtype=torch.float32)
-    table[: len(scale_table())] = scale_table().float()
-    return table.to(device)
+    """`turboquant.scale_table` as float32 [256] on a device."""
+    return scale_table().to(device, torch.float32)
