@@ -107,12 +107,11 @@ def kernel_memory_prefix(
 
 def _packed_scores(kernels: Any, folded: torch.Tensor, question_mask: torch.Tensor, keys: PackedRows):
     """Chunk scores [B, C] of folded queries [B, T, W]: <q, gain * c @ decode> is <gain * q @ decode.T, c>."""
-    coder, device = keys.coder, folded.device
-    decode = coder.transform.to(device).decode
-    rotated = folded.float().unflatten(-1, (coder.heads, coder.dim)) @ decode.T
+    coder = keys.coder
+    rotated = keys.rotate(folded.unflatten(-1, (coder.heads, coder.dim)))
     if coder.gains is not None:
         rotated = rotated * coder.gains[:, None]
-    codes, levels = keys.packed, scale_levels(device)
+    codes, levels = keys.packed, scale_levels(folded.device)
     return kernels.route_scores(
         rotated.flatten(2), question_mask, codes.codes, codes.scales, _centroids(keys), levels
     )

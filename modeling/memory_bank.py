@@ -54,8 +54,16 @@ class DenseVectors:
         return max(1, len(self))
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, width]: consecutive rows, as routing reads them."""
+        """[stop - start, width]: consecutive rows."""
         return self.data[start:stop]
+
+    def rotate(self, queries: torch.Tensor) -> torch.Tensor:
+        """Queries [..., D] in the basis of `rotated_slice`."""
+        return queries
+
+    def rotated_slice(self, start: int, stop: int) -> torch.Tensor:
+        """[stop - start, width]: rows whose products with rotated queries are those of `slice` with these."""
+        return self.slice(start, stop)
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """[len(rows), width]: chosen rows, as attention reads them."""

@@ -30,6 +30,7 @@ def document_scores(
 ):
     batch, heads, tokens, head_dim = queries.shape
     groups = keys.width // head_dim
+    queries = keys.rotate(queries)
     question_mask = question_mask.to(queries.device, torch.bool)
     if query_reduction == "last":
         last = (question_mask * torch.arange(1, tokens + 1, device=queries.device)).argmax(1)
@@ -55,7 +56,7 @@ def document_scores(
     reductions = (head_reduction, query_reduction, chunk_reduction)
     scores = []
     for start, stop in _document_tiles(offsets, budget):
-        tile = keys.slice(offsets[start], offsets[stop])
+        tile = keys.rotated_slice(offsets[start], offsets[stop])
         scores.append(_tile_scores(folded, question_mask, tile, chunk_counts[start:stop], *reductions))
     return torch.cat(scores, 1) if scores else queries.new_zeros(batch, 0, dtype=torch.float32)
 

@@ -178,7 +178,8 @@ class VectorQuantizer:
             size = packed_bytes(width, bits)
             index = unpack(packed.codes[..., start : start + size], bits, width)
             table = codebook(width, bits).to(device=index.device, dtype=dtype)
-            decoded.append(table[index.int()] * scales[..., i : i + 1])
+            centroids = table.index_select(0, index.int().flatten()).view(index.shape)
+            decoded.append(centroids * scales[..., i : i + 1])
             start += size
         return decoded[0] if len(decoded) == 1 else torch.cat(decoded, dim=-1)
 

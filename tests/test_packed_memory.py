@@ -113,6 +113,12 @@ def test_slice_take_and_write_agree(bits, scale_bits, chosen, bounds, dtype):
     assert everything.dtype == dtype
     torch.testing.assert_close(storage.slice(start, stop), everything[start:stop], **tolerance)
     torch.testing.assert_close(storage.take(torch.tensor(chosen).long()), everything[chosen], **tolerance)
+    query = torch.randn(DIM, generator=torch.Generator().manual_seed(bits))
+    products, expected = (
+        rows.unflatten(1, (HEADS, DIM)).float() @ own
+        for rows, own in ((storage.rotated_slice(start, stop), storage.rotate(query)), (everything, query))
+    )
+    assert rms_ratio(products, expected[start:stop]) < 8 * torch.finfo(dtype).eps
     again = PackedRows.allocate(20, storage.coder, dtype)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(len(chosen)))
     for part in order.split(7):
@@ -161,13 +167,13 @@ def test_routing_streams_over_tiles_of_documents(model, bank, tiny_tokenizer, mo
     own = bank.pack(router_bits=3)
     expected = model.route_questions(QUESTIONS, own, tokenizer=tiny_tokenizer)
     monkeypatch.setattr(packed_vectors, "TILE_ELEMENTS", 1)
-    read, original = [], PackedRows.slice
+    read, original = [], PackedRows.rotated_slice
 
     def counted(self, start, stop):
         read.append(stop - start)
         return original(self, start, stop)
 
-    monkeypatch.setattr(PackedRows, "slice", counted)
+    monkeypatch.setattr(PackedRows, "rotated_slice", counted)
     scores = model.route_questions(QUESTIONS, own, tokenizer=tiny_tokenizer)
     assert max(read) == int(bank.router_chunk_counts.max())  # never more than one document
     for layer in MEMORY["router_layers"]:
