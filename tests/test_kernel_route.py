@@ -95,7 +95,7 @@ def test_packed_keys_of_another_layout_are_refused():
     folded, mask = questions(1, 3, 128)
     with pytest.raises(ValueError, match="must be uint8 with"):
         route_scores(folded, mask, packed.codes, packed.scales, codebook(64, 3).tolist())
-    with pytest.raises(ValueError, match="one scale each"):
+    with pytest.raises(ValueError, match="a scale for each part"):
         route_scores(folded, mask, packed.codes, packed.scales[:2], codebook(64, 4).tolist())
 
 
