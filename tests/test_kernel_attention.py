@@ -8,7 +8,7 @@ from msa_hf import kernels
 from msa_hf.kernels.registration import interpreted
 from msa_hf.modeling import ops
 from msa_hf.modeling.attention_turboquant import turboquant_attention
-from msa_hf.modeling.kernel_attention import kernel_attention, unserved
+from msa_hf.modeling.kernel_attention import DECODE_ROWS, kernel_attention, unserved
 from msa_hf.modeling.packed_states import ExactTokens, HeadCodes, LayerView, PackedStates
 from msa_hf.modeling.turboquant import Transform, VectorQuantizer, quantize
 
@@ -101,6 +101,18 @@ def test_decoding_equals_the_plain_path(bits, dim, share, packed):
     """Two rows, one of them padded on the left; values have another width than keys."""
     view = layer_view(2, 1, packed, dim, bits, 5 - bits)
     ours, plain = both(view, share, mask=left_padding(view, [0, packed // 2]))
+    assert rms_ratio(ours, plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("packed", LENGTHS)
+@pytest.mark.parametrize(("share", "tokens"), ((1, 17), (4, 5), (8, 3)))
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_prompts_equal_the_plain_path(bits, dim, share, tokens, packed):
+    """As above with more rows than a decode step has."""
+    view = layer_view(2, 1, packed, dim, bits, 5 - bits)
+    assert share * tokens > DECODE_ROWS
+    ours, plain = both(view, share, tokens, left_padding(view, [0, packed // 2]))
     assert rms_ratio(ours, plain) < TOLERANCE
 
 
