@@ -49,11 +49,13 @@ class MSAGenerationMixin(GenerationMixin):
 
         Args:
             documents: texts; an empty list and empty texts are allowed. tokenizer: the model's.
-            batch_tokens (`int`): padded tokens run through the model at once; 2048 on a CPU, else 16384.
+            batch_tokens (`int`): padded tokens run through the model at once. By default 16384, but one
+                document at a time on a CPU, where its vectors are then the same bits in every memory.
             progress (`bool`): show a progress bar.
             resume_dir (`str`): keep finished batches there, so that an interrupted call goes on where it
                 stopped.
             metadata (`dict`): JSON-serialisable notes kept with the memory.
+            numbers (`list[int]`): by which the prompt format "msa" calls the documents; default 0, 1, 2 ...
 
         Raises:
             ValueError: a document is not a text or is longer than the model's positions.
@@ -66,7 +68,7 @@ class MSAGenerationMixin(GenerationMixin):
     ) -> dict[int, torch.Tensor]:
         """Scores [B, N] of all documents in each router layer, from the questions' tokens alone (blind to
         the memory)."""
-        self._check_memory(memory)
+        memory = self._checked_memory(memory)
         tokenizer = _tokenizer(tokenizer, memory)
         rows = [
             torch.tensor(ids, dtype=torch.int64)
@@ -105,6 +107,7 @@ class MSAGenerationMixin(GenerationMixin):
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         if k < 1:
             raise ValueError(f"k must be at least 1; got {k}")
+        memory = self._checked_memory(memory)
         if not len(memory) or not questions:
             return [[] for _ in questions]
         scores = self.route_questions(questions, memory, tokenizer)
@@ -140,8 +143,8 @@ class MSAGenerationMixin(GenerationMixin):
         """As `GenerationMixin.generate`; with `memory`, answers from it.
 
         Args:
-            memory: from `encode_memory` or `MemoryBank.from_pretrained`; None is exactly the backbone's
-                generate.
+            memory: from `encode_memory` or `MemoryBank.from_pretrained`, or a `MemoryStore`; None is exactly
+                the backbone's generate.
             retrieval (`str`, default "auto"): "attention" attends to the pooled chunks of the selected
                 documents, as trained MSA checkpoints need; "router" lets the routers choose documents whose
                 original text enters the prompt (`input_ids` is then the bare question); "generative" lets
@@ -168,7 +171,7 @@ class MSAGenerationMixin(GenerationMixin):
             raise ValueError(
                 "input_ids must be given with memory; inputs_embeds have no text to retrieve with"
             )
-        self._check_memory(memory)
+        memory = self._checked_memory(memory)
         if not self.config.routers_trained:
             logger.warning(UNTRAINED)
         as_dict = kwargs.pop("return_dict_in_generate", False)
@@ -270,13 +273,16 @@ class MSAGenerationMixin(GenerationMixin):
                 generation_config.prefill_chunk_size = chunk_size
         return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
-    def _check_memory(self, memory: MemoryBank) -> None:
-        if not hasattr(memory, "check_model"):
+    def _checked_memory(self, memory) -> MemoryBank:
+        """The bank that is `memory`, or that a store has of what it may show; made by this model."""
+        bank = memory.bank() if hasattr(memory, "bank") else memory
+        if not hasattr(bank, "check_model"):
             raise ValueError(
-                "memory must come from encode_memory or MemoryBank.from_pretrained; got "
+                "memory must come from encode_memory, MemoryBank.from_pretrained or a MemoryStore; got "
                 f"{type(memory).__name__}"
             )
-        memory.check_model(self.config.memory_settings, self.fingerprint())
+        bank.check_model(self.config.memory_settings, self.fingerprint())
+        return bank
 
 
 def _tokenizer(tokenizer, memory: MemoryBank):

@@ -311,22 +311,24 @@ class _Dialogue:
         elif END_OF_DOCUMENTS not in text:
             self.close(END_OF_RETRIEVAL)  # the round ran out of tokens
         else:
-            self._inject(document_numbers(text, len(self.memory)), scores, config)
+            self._inject(named_documents(text, self.memory), scores, config)
 
     def close(self, marker: str = "") -> None:
         """Ends retrieval: from here on the model answers, with what the last round has selected."""
         self.answering, self.answer_start = True, len(self.written)
         self._append(self._encode(marker + injected_question(self.question)), routes=False)
 
-    def _inject(self, numbers: list[int], scores: dict[int, torch.Tensor], config) -> None:
+    def _inject(self, chosen: list[int], scores: dict[int, torch.Tensor], config) -> None:
         """Appends the texts of the named documents; with the question, they alone route in the next round."""
-        known = describe(self.memory, scores, 0, config.consensus_weights, None, [(i, None) for i in numbers])
+        known = describe(self.memory, scores, 0, config.consensus_weights, None, [(i, None) for i in chosen])
         selected = {
             layer: [(int(i), float(values[0, i])) for i in top_documents(values, config.top_k_documents)[0]]
             for layer, values in scores.items()
         }
         self.rounds.append(RetrievalRound(self.injected or self.question, known, selected))
-        self.injected = injected_documents(numbers, [self.memory.documents[i] for i in numbers])
+        numbers = self.memory.numbers or range(len(self.memory))
+        texts = [self.memory.documents[i] for i in chosen]
+        self.injected = injected_documents([numbers[i] for i in chosen], texts)
         self.parts = [
             (part, routes and index < self.fixed) for index, (part, routes) in enumerate(self.parts)
         ]
@@ -340,9 +342,12 @@ class _Dialogue:
         return text.strip()
 
 
-def document_numbers(text: str, documents: int) -> list[int]:
-    """The different document numbers [i] in `text` that exist, ascending."""
-    return sorted({number for number in map(int, re.findall(r"\[(\d{1,12})\]", text)) if number < documents})
+def named_documents(text: str, memory) -> list[int]:
+    """The different documents that `text` names by number, as [12], in the memory's order."""
+    written = set(map(int, re.findall(r"\[(\d{1,12})\]", text)))
+    if memory.numbers is None:
+        return sorted(number for number in written if number < len(memory))
+    return [index for index, number in enumerate(memory.numbers) if number in written]
 
 
 def left_pad(rows: list[torch.Tensor], value: int, device) -> tuple[torch.Tensor, torch.Tensor]:

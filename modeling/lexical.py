@@ -17,6 +17,8 @@ _WORD = re.compile(r"(?:[^\W_]|[\u0300-\u036f])+")
 
 _LONGEST_NAME = 12
 
+TOKENIZER, TITLE_WEIGHT = "porter unicode61 remove_diacritics 2", 3.0
+
 LINK_SOURCES, LINK_WEIGHT, JUST_BEHIND = 4, 0.5, 0.999
 
 STOP_WORDS = frozenset(
@@ -26,62 +28,15 @@ STOP_WORDS = frozenset(
 )
 
 
-class LexicalIndex:
-    """A BM25 index of texts, numbered from 0 in the order of their arrival. Safe to share between threads.
+class LexicalSearch:
+    """What can be asked of BM25 over texts that are numbered from 0.
 
-    Words are stemmed (Porter), words of the title count `title_weight` times, and stop words of a query are
-    left out as long as other words remain. `LexicalIndex.plain(texts)` is the textbook baseline without any
-    of this. A run of Chinese or Japanese script is one word to FTS5, so such texts need the routers.
-
-    Args:
-        texts: texts to add at once.
-        path: database file to keep the index in, which continues one that is there; None keeps it in memory.
-        tokenizer: FTS5 tokenizer, used when the index is new.
-        title_weight: how many times a word of the title (the first line) counts; above 0.
-        stop_words: lower-case words that a query does not search for.
-
-    Raises:
-        MSAError: this Python's sqlite3 has no FTS5.
-        MemoryFormatError: `path` holds something else.
-        ValueError: `title_weight` is not above 0.
+    A subclass has `stop_words` and a reentrant `_lock`, and supplies what is read under it: `_best` ranks,
+    `_bearers` and `_longest_name` know the names of the texts.
     """
 
-    def __init__(
-        self,
-        texts: Iterable[str] = (),
-        *,
-        path: str | None = None,
-        tokenizer: str = "porter unicode61 remove_diacritics 2",
-        title_weight: float = 3.0,
-        stop_words: frozenset[str] = STOP_WORDS,
-    ):
-        if not title_weight > 0:
-            raise ValueError(f"title_weight must be above 0, got {title_weight}")
-        self.title_weight = float(title_weight)
-        self.stop_words = stop_words
-        self._lock = threading.RLock()
-        self._database = _open(path, tokenizer)
-        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
-        self.add(texts)
-
-    @classmethod
-    def plain(cls, texts: Iterable[str] = (), path: str | None = None) -> "LexicalIndex":
-        """Textbook BM25: no stemming, no stop words, title and body alike."""
-        return cls(texts, path=path, tokenizer="unicode61", title_weight=1.0, stop_words=frozenset())
-
-    def __len__(self) -> int:
-        return self._size
-
-    def add(self, texts: Iterable[str]) -> None:
-        """Appends texts in one transaction: either all of them are in, or none."""
-        with self._lock, self._database:
-            for row in _rows(texts, start=self._size):
-                self._database.execute("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", row)
-                name = _name(row[1])
-                if name:
-                    named = (name, name.count(" ") + 1, row[0])
-                    self._database.execute("INSERT INTO names VALUES (?, ?, ?)", named)
-        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
+    stop_words: frozenset[str] = STOP_WORDS
+    _lock: threading.RLock
 
     def search(self, query: str, k: int = 16) -> list[tuple[int, float]]:
         """The k best texts as (number, BM25 score), best first, equal scores by number. Only texts that hold
@@ -128,8 +83,9 @@ class LexicalIndex:
         words = _WORD.findall(text)
         found: dict[int, None] = {}
         with self._lock:
-            longest = self._database.execute("SELECT max(words) FROM names").fetchone()[0] or 0
-            spans = {" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, i + longest + 1)}
+            longest = self._longest_name()
+            ends = [min(i + longest, len(words)) for i in range(len(words))]
+            spans = {" ".join(words[i:j]) for i, end in enumerate(ends) for j in range(i + 1, end + 1)}
             names = self._names(sorted(spans))
         start = 0
         while start < len(words):
@@ -144,29 +100,108 @@ class LexicalIndex:
         """Numbers of the texts that bear one of these names, by name."""
         names: dict[str, list[int]] = {}
         for start in range(0, len(spans), 500):
-            some = spans[start : start + 500]
-            marks = ",".join("?" * len(some))
-            statement = f"SELECT name, number FROM names WHERE name IN ({marks}) ORDER BY number"
-            for name, number in self._database.execute(statement, some):
+            for name, number in self._bearers(spans[start : start + 500]):
                 names.setdefault(name, []).append(number)
         return names
-
-    def close(self) -> None:
-        """Closes the database; nothing can be added or searched afterwards."""
-        self._database.close()
 
     def _ranked(self, query: str, limit: int) -> list[tuple[int, float]]:
         words = query_words(query, self.stop_words)
         if not words or limit == 0:
             return []
+        with self._lock:
+            return self._best(words, limit)
+
+    def _best(self, words: list[str], limit: int) -> list[tuple[int, float]]:
+        """(number, score) of texts that hold one of the words, best first, equal scores by number; `limit`
+        of them, or all if it is below 0."""
+        raise NotImplementedError
+
+    def _bearers(self, names: list[str]) -> Iterable[tuple[str, int]]:
+        """(name, number) of the texts that bear one of at most 500 names, in order of number."""
+        raise NotImplementedError
+
+    def _longest_name(self) -> int:
+        """No text has a name of more words."""
+        raise NotImplementedError
+
+
+class LexicalIndex(LexicalSearch):
+    """A BM25 index of texts, numbered from 0 in the order of their arrival. Safe to share between threads.
+
+    Words are stemmed (Porter), words of the title count `title_weight` times, and stop words of a query are
+    left out as long as other words remain. `LexicalIndex.plain(texts)` is the textbook baseline without any
+    of this. A run of Chinese or Japanese script is one word to FTS5, so such texts need the routers.
+
+    Args:
+        texts: texts to add at once.
+        path: database file to keep the index in, which continues one that is there; None keeps it in memory.
+        tokenizer: FTS5 tokenizer, used when the index is new.
+        title_weight: how many times a word of the title (the first line) counts; above 0.
+        stop_words: lower-case words that a query does not search for.
+
+    Raises:
+        MSAError: this Python's sqlite3 has no FTS5.
+        MemoryFormatError: `path` holds something else.
+        ValueError: `title_weight` is not above 0.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str] = (),
+        *,
+        path: str | None = None,
+        tokenizer: str = TOKENIZER,
+        title_weight: float = TITLE_WEIGHT,
+        stop_words: frozenset[str] = STOP_WORDS,
+    ):
+        if not title_weight > 0:
+            raise ValueError(f"title_weight must be above 0, got {title_weight}")
+        self.title_weight = float(title_weight)
+        self.stop_words = stop_words
+        self._lock = threading.RLock()
+        self._database = _open(path, tokenizer)
+        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
+        self.add(texts)
+
+    @classmethod
+    def plain(cls, texts: Iterable[str] = (), path: str | None = None) -> "LexicalIndex":
+        """Textbook BM25: no stemming, no stop words, title and body alike."""
+        return cls(texts, path=path, tokenizer="unicode61", title_weight=1.0, stop_words=frozenset())
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Appends texts in one transaction: either all of them are in, or none."""
+        with self._lock, self._database:
+            for row in _rows(texts, start=self._size):
+                self._database.execute("INSERT INTO texts(rowid, title, body) VALUES (?, ?, ?)", row)
+                name = telling_name(row[1])
+                if name:
+                    named = (name, name.count(" ") + 1, row[0])
+                    self._database.execute("INSERT INTO names VALUES (?, ?, ?)", named)
+        self._size = self._database.execute("SELECT count(*) FROM texts").fetchone()[0]
+
+    def close(self) -> None:
+        """Closes the database; nothing can be added or searched afterwards."""
+        self._database.close()
+
+    def _best(self, words: list[str], limit: int) -> list[tuple[int, float]]:
         # Each word is a quoted FTS5 string, so nothing in a query can act as query syntax.
         match = " OR ".join(f'"{word}"' for word in words)
         statement = (
             "SELECT rowid, -bm25(texts, ?, 1.0) AS score FROM texts WHERE texts MATCH ? "
             "ORDER BY score DESC, rowid LIMIT ?"
         )
-        with self._lock:
-            return self._database.execute(statement, (self.title_weight, match, limit)).fetchall()
+        return self._database.execute(statement, (self.title_weight, match, limit)).fetchall()
+
+    def _bearers(self, names: list[str]) -> Iterable[tuple[str, int]]:
+        marks = ",".join("?" * len(names))
+        statement = f"SELECT name, number FROM names WHERE name IN ({marks}) ORDER BY number"
+        return self._database.execute(statement, names)
+
+    def _longest_name(self) -> int:
+        return self._database.execute("SELECT max(words) FROM names").fetchone()[0] or 0
 
 
 def query_words(query: str, stop_words: frozenset[str] = STOP_WORDS) -> list[str]:
@@ -175,17 +210,22 @@ def query_words(query: str, stop_words: frozenset[str] = STOP_WORDS) -> list[str
     return [word for word in words if word not in stop_words] or words
 
 
-def _name(title: str) -> str:
+def telling_name(title: str) -> str:
     """The words by which other texts would mention a title; '' when that says too little or too much."""
     words = _WORD.findall(re.sub(r"\s*\([^()]*\)\s*$", "", title.split(" > ", 1)[0]))
     telling = [word for word in words if word.lower() not in STOP_WORDS]
     return " ".join(words) if telling and len(words) <= _LONGEST_NAME else ""
 
 
+def title_and_body(text: str) -> tuple[str, str]:
+    """A text as the index keeps it: its first line and the rest, with "?" for what UTF-8 cannot hold."""
+    title, _, body = text.encode("utf-8", "replace").decode("utf-8").partition("\n")
+    return title, body
+
+
 def _rows(texts: Iterable[str], start: int) -> Iterator[tuple[int, str, str]]:
     for number, text in enumerate(texts, start):
-        title, _, body = text.encode("utf-8", "replace").decode("utf-8").partition("\n")
-        yield number, title, body
+        yield number, *title_and_body(text)
 
 
 def _open(path: str | None, tokenizer: str) -> sqlite3.Connection:

@@ -14,7 +14,9 @@ from .errors import MemoryMismatchError
 from .lexical import LexicalIndex
 from .memory_files import NAMES, read_memory, write_memory
 from .ops import document_scores, memory_prefix
-from .packed_vectors import PackedRows, RowCoder, RowPacking
+from .packed_vectors import PackedRows, RowCoder, RowPacking, gather_rows
+
+DENSE_TILE_ELEMENTS = 1 << 25  # numbers that one product of routing reads: 64 MB in bfloat16
 
 
 class DenseVectors:
@@ -49,9 +51,19 @@ class DenseVectors:
         return self.data.nbytes
 
     @property
+    def row_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    @property
+    def kind(self) -> tuple:
+        """Equal for storages whose stored bytes mean the same."""
+        return ("dense", self.width, self.dtype)
+
+    @property
     def tile_rows(self) -> int:
-        """Rows up to which a slice is worth its memory; here it is none."""
-        return max(1, len(self))
+        """Rows up to which a slice is worth its memory. It depends on the width alone, so that where a bank
+        lies changes no bit of a score."""
+        return max(1, DENSE_TILE_ELEMENTS // self.width)
 
     def slice(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start, width]: consecutive rows."""
@@ -72,8 +84,18 @@ class DenseVectors:
     def write(self, rows: torch.Tensor, values: torch.Tensor) -> None:
         self.data.index_copy_(0, rows, values.to(self.data.device, self.data.dtype))
 
+    def gathered(self, pieces: "list[tuple[DenseVectors, torch.Tensor, torch.Tensor]]") -> "DenseVectors":
+        """New rows out of storages of the same kind: for each storage, which rows [n] (bool) are its, and the
+        places [n] in it."""
+        return DenseVectors(
+            gather_rows([(own.data, chosen, places) for own, chosen, places in pieces], self.data)
+        )
+
     def to(self, device: torch.device | str) -> "DenseVectors":
         return DenseVectors(self.data.to(device))
+
+    def settings(self) -> None:
+        """Dense vectors need none, see `PackedRows.settings`."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds, by the ending of its name."""
@@ -106,6 +128,9 @@ class MemoryBank:
         head: K and V [G, tokens, D] of the template head per layer (every layer); empty dict without one.
         fingerprint: of the model that made the bank, see `MSAForCausalLM.fingerprint`.
         metadata: JSON-serialisable notes of the maker.
+        means: [G, D] float32 by (layer, "keys" or "values"), typical of the model, which packing takes away;
+            see `memory_encoding.typical_means`. Empty for a bank of an older release.
+        numbers: by which the prompt format "msa" calls the documents; by default 0, 1, 2 ...
     """
 
     documents: list[str]
@@ -116,6 +141,8 @@ class MemoryBank:
     fingerprint: dict | None = None
     metadata: dict = field(default_factory=dict)
     tokenizer: object = field(default=None, repr=False, compare=False)
+    means: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict, repr=False)
+    numbers: list[int] | None = None
 
     def __post_init__(self):
         if len(self.documents) != len(self.token_counts):
@@ -149,6 +176,11 @@ class MemoryBank:
         if self._lexical is None:
             self._lexical = LexicalIndex(self.documents)
         return self._lexical
+
+    @lexical.setter
+    def lexical(self, index: LexicalIndex) -> None:
+        """Another index of the same texts, with the methods of `LexicalIndex` that read."""
+        self._lexical = index
 
     def route(
         self, layer: int, queries: torch.Tensor, question_mask: torch.Tensor, **reductions
@@ -184,7 +216,8 @@ class MemoryBank:
         are.
 
         Documents, settings and whatever is not packed are shared with this bank. Routing and reading decode
-        what they need: a tile of router keys at a time, and the keys and values of the chosen documents.
+        what they need: a tile of router keys at a time, and the keys and values of the chosen documents. A
+        document gets the same bytes in every bank and store of its model.
 
         Raises:
             ValueError: for other bits, or vectors that are already packed or hold NaN or infinity.
@@ -201,7 +234,12 @@ class MemoryBank:
                         f"{parts[name].coder.packing.bits} bits. Pack the bank that was encoded"
                     )
                 vectors = parts[name].data
-                parts[name] = PackedRows.code(vectors, RowCoder.fit(vectors, heads, own))
+                means = self.means.get((layer, name)) if own.centered else None
+                if own.centered and means is None:
+                    coder = RowCoder.fit(vectors, heads, own)
+                else:
+                    coder = RowCoder(own, heads, self.settings.head_dim, means)
+                parts[name] = PackedRows.code(vectors, coder)
             layers[layer] = LayerMemory(**parts)
         bank = replace(self, layers=layers)
         bank._lexical = self._lexical
@@ -268,10 +306,11 @@ class MemoryBank:
             for name in NAMES:
                 storage, prefix = getattr(memory, name), f"layers.{layer}.{name}"
                 tensors.update({f"{prefix}{end}": tensor for end, tensor in storage.tensors().items()})
-                if isinstance(storage, PackedRows):
-                    packing[prefix] = storage.settings()
+                if (settings := storage.settings()) is not None:
+                    packing[prefix] = settings
         for layer, (keys, values) in self.head.items():
             tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"] = keys, values
+        tensors.update({f"means.{layer}.{name}": mean for (layer, name), mean in self.means.items()})
         write_memory(
             directory, self.documents, tensors, self.settings, self.fingerprint, self.metadata, packing
         )
@@ -301,8 +340,22 @@ class MemoryBank:
             int(name.split(".")[1]) for name in tensors if name.startswith("head.") and "keys" in name
         )
         head = {layer: (tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"]) for layer in heads}
+        means = {
+            (layer, name): tensors[f"means.{layer}.{name}"]
+            for layer in settings.router_layers
+            for name in NAMES
+            if f"means.{layer}.{name}" in tensors
+        }
         bank = cls(
-            documents, tensors["token_counts"], settings, layers, head, fingerprint, metadata, tokenizer
+            documents,
+            tensors["token_counts"],
+            settings,
+            layers,
+            head,
+            fingerprint,
+            metadata,
+            tokenizer,
+            means,
         )
         if model is not None:
             bank.check_model(model.config.memory_settings, model.fingerprint())

@@ -18,12 +18,13 @@ from .memory_bank import DenseVectors, LayerMemory, MemoryBank, chunk_counts, fi
 from .memory_files import NAMES
 from .ops import pool_chunks
 from .prompts_msa import document_prompt, template_head
+from .sample_texts import SAMPLE_TEXTS
 
 logger = logging.get_logger(__name__)
-CPU_BATCH_TOKENS, BATCH_TOKENS = (
-    2048,
-    16384,
-)  # small batches stay in a CPU's caches: 1.5 times as fast as 8192
+# On a CPU one document at a time is as fast as any batch from some hundred tokens on, and then its vectors
+# are the same to the last bit in every memory.
+CPU_BATCH_TOKENS, BATCH_TOKENS = 1, 16384
+PORTION_TOKENS = 4096
 
 
 class DenseRecorder:
@@ -60,6 +61,7 @@ def encode_documents(
     progress: bool = False,
     resume_dir: str | Path | None = None,
     metadata: dict | None = None,
+    numbers: list[int] | None = None,
 ) -> MemoryBank:
     """See `MSAForCausalLM.encode_memory`."""
     config, settings = model.config, model.config.memory_settings
@@ -73,7 +75,9 @@ def encode_documents(
     for index, text in enumerate(documents):
         if not isinstance(text, str):
             raise ValueError(f"documents must be texts; documents[{index}] is {type(text).__name__}")
-    tokens = tokenize_documents(documents, tokenizer, config.prompt_format, progress)
+    if numbers is not None and len(numbers) != len(documents):
+        raise ValueError(f"numbers must have one entry per document ({len(documents)}); got {len(numbers)}")
+    tokens = tokenize_documents(documents, tokenizer, config.prompt_format, progress, numbers)
     longest = max(map(len, tokens), default=0)
     if longest > config.max_position_embeddings:
         raise ValueError(
@@ -101,13 +105,14 @@ def encode_documents(
         total=int(counts.sum()), unit="tok", unit_scale=True, desc="encoding", disable=not progress
     )
     with bar:
-        for number, batch in enumerate(length_batches(counts.tolist(), batch_tokens)):
+        for number, portion in enumerate(_portions(counts.tolist(), batch_tokens)):
             pooled = resume.load(number) if resume else None
             if pooled is None:
-                pooled = _encode_batch(model, [tokens[index] for index in batch])
+                encoded = [_encode_batch(model, [tokens[index] for index in batch]) for batch in portion]
+                pooled = {name: torch.cat([part[name] for part in encoded]) for name in encoded[0]}
                 if resume:
                     resume.save(number, pooled)
-            chosen = torch.tensor(batch)
+            chosen = torch.tensor([index for batch in portion for index in batch])
             for name in NAMES:
                 rows = segment_rows(offsets[name], chosen).to(device)
                 for layer in settings.router_layers:
@@ -118,25 +123,59 @@ def encode_documents(
         token_counts=counts,
         settings=settings,
         layers=layers,
-        head=_encode_head(model, tokenizer),
+        head=encode_head(model, tokenizer),
         fingerprint=model.fingerprint(),
         metadata=metadata or {},
         tokenizer=tokenizer,
+        means=typical_means(model, tokenizer),
+        numbers=numbers,
     )
 
 
+def typical_means(model, tokenizer) -> dict[tuple[int, str], torch.Tensor]:
+    """Mean pooled keys and values [G, D] float32 of texts of many kinds, by (layer, "keys" or "values").
+
+    They follow from the model alone, so that what is coded without them has the same bytes in every memory.
+    A memory's own means would leave an error of keys 10 to 30 % smaller (BENCHMARKS.md, "Packed memories").
+    """
+    key = (model.weights_key(), id(tokenizer))
+    if getattr(model, "_typical_means", (None,))[0] != key:
+        rows = [
+            torch.tensor(ids) for ids in tokenizer(list(SAMPLE_TEXTS), add_special_tokens=False)["input_ids"]
+        ]
+        limit = model.config.max_position_embeddings
+        states: dict[tuple[int, str], list[torch.Tensor]] = {}
+        for row in rows:
+            for name, vectors in _encode_batch(model, [row[:limit]]).items():
+                layer, _, kind = name.partition(".")
+                if kind != "router_keys":
+                    states.setdefault((int(layer), kind), []).append(vectors)
+        heads = model.config.num_key_value_heads
+        means = {
+            name: torch.cat(parts).double().mean(0).float().unflatten(0, (heads, -1)).cpu()
+            for name, parts in states.items()
+        }
+        model._typical_means = (key, means)
+    return dict(model._typical_means[1])
+
+
 def tokenize_documents(
-    documents: list[str], tokenizer, prompt_format: str, progress: bool = False
+    documents: list[str],
+    tokenizer,
+    prompt_format: str,
+    progress: bool = False,
+    numbers: list[int] | None = None,
 ) -> list[torch.Tensor]:
     """Token ids (int32) of each document as it is encoded; tokenised in portions, so that memory stays
     small."""
+    numbers = range(len(documents)) if numbers is None else numbers
     rows: list[torch.Tensor] = []
     portions = range(0, len(documents), 2048)
     for start in logging.tqdm(
         portions, unit="portion", desc="tokenizing", disable=not progress or len(portions) < 4
     ):
         texts = [
-            document_prompt(prompt_format, start + i, text)
+            document_prompt(prompt_format, numbers[start + i], text)
             for i, text in enumerate(documents[start : start + 2048])
         ]
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -160,6 +199,19 @@ def length_batches(lengths: list[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
+def _portions(lengths: list[int], budget: int) -> Iterator[list[list[int]]]:
+    """The batches of `length_batches`, some at a time: what is written, and kept for resuming, at once."""
+    portion, tokens = [], 0
+    for batch in length_batches(lengths, budget):
+        portion.append(batch)
+        tokens += sum(lengths[index] for index in batch)
+        if tokens >= PORTION_TOKENS:
+            yield portion
+            portion, tokens = [], 0
+    if portion:
+        yield portion
+
+
 def pad_rows(rows: list[torch.Tensor], device) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids [B, T] on `device`, and lengths [B] on the CPU."""
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
@@ -178,7 +230,7 @@ def _encode_batch(model, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _encode_head(model, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def encode_head(model, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """K and V [G, tokens, D] of the template head in every layer; empty where the format has none."""
     text = template_head(model.config.prompt_format)
     if not text:
@@ -196,18 +248,18 @@ def _encode_head(model, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor
 
 
 class _Portions:
-    """Finished batches on disk, so that an interrupted encoding goes on where it stopped."""
+    """Finished portions on disk, so that an interrupted encoding goes on where it stopped."""
 
     def __init__(self, directory, model, documents: list[str], batch_tokens: int, dtype: torch.dtype):
         digest = hashlib.sha256(json.dumps(model.fingerprint(), sort_keys=True).encode())
-        digest.update(f"{model.config.memory_settings} {batch_tokens} {dtype}".encode())
+        digest.update(f"{model.config.memory_settings} {batch_tokens} {PORTION_TOKENS} {dtype}".encode())
         for text in documents:
             digest.update(len(text).to_bytes(8, "little") + text.encode("utf-8", "surrogatepass"))
         self.directory = Path(directory) / digest.hexdigest()[:24]
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def load(self, number: int) -> dict[str, torch.Tensor] | None:
-        path = self.directory / f"batch-{number:06d}.safetensors"
+        path = self.directory / f"portion-{number:06d}.safetensors"
         try:
             return load_file(path) if path.is_file() else None
         except SafetensorError:
@@ -215,7 +267,7 @@ class _Portions:
             return None
 
     def save(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        path = self.directory / f"batch-{number:06d}.safetensors"
+        path = self.directory / f"portion-{number:06d}.safetensors"
         temporary = path.with_suffix(".part")
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
         temporary.replace(path)

@@ -180,6 +180,16 @@ class PackedRows:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     @property
+    def row_bytes(self) -> int:
+        quantizer = self.coder.quantizer
+        return self.coder.heads * (quantizer.code_bytes + quantizer.scale_dtype.itemsize)
+
+    @property
+    def kind(self) -> tuple:
+        """Equal for storages whose stored bytes mean the same."""
+        return ("packed", id(self.coder), self.dtype)
+
+    @property
     def tile_rows(self) -> int:
         return max(1, TILE_ELEMENTS // self.width)
 
@@ -204,6 +214,14 @@ class PackedRows:
         coded = self.coder.encode(values.to(self.device))
         self.packed.codes.index_copy_(0, rows, coded.codes)
         self.packed.scales.index_copy_(0, rows, coded.scales)
+
+    def gathered(self, pieces: "list[tuple[PackedRows, torch.Tensor, torch.Tensor]]") -> "PackedRows":
+        """See `DenseVectors.gathered`."""
+        parts = (
+            gather_rows([(getattr(own.packed, name), chosen, places) for own, chosen, places in pieces], like)
+            for name, like in (("codes", self.packed.codes), ("scales", self.packed.scales))
+        )
+        return PackedRows(self.coder, *parts, self.dtype)
 
     def to(self, device: torch.device | str) -> "PackedRows":
         moved = self.packed.map(lambda stored: stored.to(device))
@@ -250,6 +268,27 @@ class PackedRows:
     def _tiles(self, rows: int) -> Iterator[slice]:
         step = self.tile_rows
         return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
+
+
+def gather_rows(
+    pieces: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], like: torch.Tensor
+) -> torch.Tensor:
+    """[n, ...] put together of tensors' rows: for each, which of the n are its (bool [n]), and their places.
+
+    Consecutive rows of one tensor are a view of it, which reads nothing. `like` has the rows' shape and type.
+    """
+    if not pieces:
+        return like[:0]
+    places = pieces[0][2]
+    if len(pieces) == 1:
+        stored, first = pieces[0][0], int(places[0])
+        if int(places[-1]) - first + 1 == len(places) and bool((places.diff() == 1).all()):
+            return stored[first : first + len(places)]
+        return stored.index_select(0, places)
+    result = torch.empty(len(places), *like.shape[1:], dtype=like.dtype)
+    for stored, chosen, _ in pieces:
+        result[chosen] = stored.index_select(0, places[chosen])
+    return result
 
 
 def read_packing(settings: dict) -> tuple[RowPacking, torch.dtype]:

@@ -1,0 +1,9 @@
+"""The relevance budget."""
+
+
+def check(budget_bytes):
+    pass
+
+
+def enforce(store):
+    pass

@@ -1,0 +1,84 @@
+"""What is to be written: documents as they were given, checked before anything is done."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .records import digest
+
+LONGEST_NAME, LONGEST_METADATA = 1024, 1 << 20  # characters
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document to be stored."""
+
+    namespace: str
+    document: str
+    text: str
+    metadata: dict[str, Any]
+    sha256: bytes
+
+
+def drafts_of(
+    documents: Sequence[str],
+    ids: Sequence[str] | None,
+    namespace: str,
+    metadata: Sequence[Mapping[str, Any]] | None,
+) -> list[Draft]:
+    """One draft per different id. Raises ValueError, naming field, rule and value, for what cannot be stored."""
+    if isinstance(documents, str):
+        raise ValueError("documents must be a list of texts; got one text")
+    documents = list(documents)
+    for name, values in (("ids", ids), ("metadata", metadata)):
+        if values is not None and (isinstance(values, (str, Mapping)) or len(values) != len(documents)):
+            raise ValueError(f"{name} must have one entry per document ({len(documents)})")
+    check_name("namespace", namespace)
+    drafts: dict[str, Draft] = {}
+    for index, text in enumerate(documents):
+        _check_text(f"documents[{index}]", text)
+        own = digest(text)
+        document = own.hex()[:24] if ids is None else check_name(f"ids[{index}]", ids[index])
+        draft = (
+            Draft(namespace, document, text, checked_metadata(index, (metadata or {index: {}})[index]), own)
+            if metadata is not None
+            else Draft(namespace, document, text, {}, own)
+        )
+        if drafts.setdefault(document, draft) != draft:
+            raise ValueError(f"ids must differ; {document!r} stands for two different documents")
+    return list(drafts.values())
+
+
+def check_name(field: str, name: object) -> str:
+    """A name of a document or namespace."""
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"{field} must be 1 to {LONGEST_NAME} printable characters; got {name!r}")
+    if field == "namespace" and name == "*":
+        raise ValueError("namespace must not be '*', which stands for all")
+    return name
+
+
+def checked_metadata(index: int, value: object) -> dict[str, Any]:
+    """A JSON object, as it is read back."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"metadata[{index}] must be a JSON object; got {type(value).__name__}")
+    try:
+        stored = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
+        stored.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"metadata[{index}] must be a JSON object: {error}") from error
+    if len(stored) > LONGEST_METADATA:
+        raise ValueError(
+            f"metadata[{index}] must be at most {LONGEST_METADATA} characters of JSON; got {len(stored)}"
+        )
+    return json.loads(stored)
+
+
+def _check_text(field: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{field} must be a text; got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{field} must be encodable as UTF-8; it holds a lone surrogate") from error
