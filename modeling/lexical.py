@@ -31,8 +31,8 @@ STOP_WORDS = frozenset(
 class LexicalSearch:
     """What can be asked of BM25 over texts that are numbered from 0.
 
-    A subclass has `stop_words` and a reentrant `_lock`, and supplies what is read under it: `_best` ranks,
-    `_bearers` and `_longest_name` know the names of the texts.
+    A subclass has `stop_words` and a reentrant `_lock`, and supplies `_best`, which ranks, and, called under
+    the lock, `_bearers` and `_longest_name`, which know the names of the texts.
     """
 
     stop_words: frozenset[str] = STOP_WORDS
@@ -106,10 +106,7 @@ class LexicalSearch:
 
     def _ranked(self, query: str, limit: int) -> list[tuple[int, float]]:
         words = query_words(query, self.stop_words)
-        if not words or limit == 0:
-            return []
-        with self._lock:
-            return self._best(words, limit)
+        return self._best(words, limit) if words and limit != 0 else []
 
     def _best(self, words: list[str], limit: int) -> list[tuple[int, float]]:
         """(number, score) of texts that hold one of the words, best first, equal scores by number; `limit`
@@ -193,7 +190,8 @@ class LexicalIndex(LexicalSearch):
             "SELECT rowid, -bm25(texts, ?, 1.0) AS score FROM texts WHERE texts MATCH ? "
             "ORDER BY score DESC, rowid LIMIT ?"
         )
-        return self._database.execute(statement, (self.title_weight, match, limit)).fetchall()
+        with self._lock:
+            return self._database.execute(statement, (self.title_weight, match, limit)).fetchall()
 
     def _bearers(self, names: list[str]) -> Iterable[tuple[str, int]]:
         marks = ",".join("?" * len(names))
