@@ -1,4 +1,4 @@
-"""How the vectors of a store are coded: its provenance, the coder of every vector, and the tiers of the budget.
+"""How the vectors of a store are coded: provenance, the coder of every vector, and the tiers of the budget.
 
 Axis letters: G key/value heads, D head dim, W = G * D.
 """

@@ -27,7 +27,7 @@ def drafts_of(
     namespace: str,
     metadata: Sequence[Mapping[str, Any]] | None,
 ) -> list[Draft]:
-    """One draft per different id. Raises ValueError, naming field, rule and value, for what cannot be stored."""
+    """One draft per different id. Raises ValueError, naming field, rule and value, for anything else."""
     if isinstance(documents, str):
         raise ValueError("documents must be a list of texts; got one text")
     documents = list(documents)
@@ -40,11 +40,8 @@ def drafts_of(
         _check_text(f"documents[{index}]", text)
         own = digest(text)
         document = own.hex()[:24] if ids is None else check_name(f"ids[{index}]", ids[index])
-        draft = (
-            Draft(namespace, document, text, checked_metadata(index, (metadata or {index: {}})[index]), own)
-            if metadata is not None
-            else Draft(namespace, document, text, {}, own)
-        )
+        notes = {} if metadata is None else checked_metadata(index, metadata[index])
+        draft = Draft(namespace, document, text, notes, own)
         if drafts.setdefault(document, draft) != draft:
             raise ValueError(f"ids must differ; {document!r} stands for two different documents")
     return list(drafts.values())

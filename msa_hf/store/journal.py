@@ -1,8 +1,8 @@
 """The journal: commits, which versions of documents are visible at each, and the way back and forth.
 
-A commit that changes documents has a parent: the one that `undo` returns to. Undo and redo are commits, too,
-whose `state` is the change that is now current and whose `tip` is the last change that redo leads to. So every
-number of a commit is a state of the store that can be read again.
+A commit that changes documents has a parent: the one that `undo` returns to. Undo and redo are commits,
+too, whose `state` is the change that is now current and whose `tip` is the last change that redo leads to.
+So every number of a commit is a state of the store that can be read again.
 """
 
 import sqlite3
@@ -19,7 +19,7 @@ VISIBLE = "lives.born <= :at AND (lives.died IS NULL OR lives.died > :at)"
 
 @dataclass(frozen=True)
 class Commit:
-    """One commit of a store: its number, when (seconds since 1970), what kind, and documents added, removed."""
+    """One commit: its number, when (seconds since 1970), what kind, and how many documents came and went."""
 
     version: int
     time: float
@@ -85,11 +85,6 @@ class Journal:
             raise HistoryError(f"{steps} changes cannot be redone: there are only {len(undone)}")
         return self._return_to("redo", undone[-steps], undone[0])
 
-    def erase_before(self, number: int) -> None:
-        """Forgets lives and commits that only states before `number` need."""
-        self.connection.execute("DELETE FROM lives WHERE died <= ?", (number,))
-        self.connection.execute("DELETE FROM commits WHERE id < ?", (number,))
-
     def _position(self) -> tuple[int, int, int]:
         row = self.connection.execute(
             "SELECT id, state, tip FROM commits ORDER BY id DESC LIMIT 1"
@@ -118,10 +113,8 @@ class Journal:
 
     def _insert(self, number: int, kind: str, *rest: int | None) -> None:
         added, removed, parent, state, tip = rest
-        self.connection.execute(
-            "INSERT INTO commits (id, time, kind, added, removed, parent, state, tip) VALUES (?,?,?,?,?,?,?,?)",
-            (number, time.time(), kind, added, removed, parent, state, tip),
-        )
+        values = (number, time.time(), kind, added, removed, parent, state, tip)
+        self.connection.execute("INSERT INTO commits VALUES (?,?,?,?,?,?,?,?)", values)
 
     def _move(self, number: int, born: Iterable[int], died: Iterable[int]) -> None:
         end = "UPDATE lives SET died=? WHERE version=? AND died IS NULL"

@@ -157,8 +157,8 @@ class StoreReader:
         """The k documents that suit a query best.
 
         Args:
-            mode: "router", "lexical" (BM25 over SQLite's FTS5) or "fused", see `retrieval_msa.rank`. By default
-                the model's own choice, and "lexical" for a store that was opened without one.
+            mode: "router", "lexical" (BM25 over SQLite's FTS5) or "fused", see `retrieval_msa.rank`. By
+                default the model's own choice, and "lexical" for a store that was opened without one.
 
         Raises ValueError for an empty query, k below 1 or another mode; StoreModelError without a model.
         """

@@ -1,7 +1,7 @@
 """Segments: immutable safetensors files with the vectors of some documents, memory-mapped when read.
 
-A file is complete and on the disk before the database names it, and is never changed afterwards. Axis letters:
-n documents, C chunks, R router chunks.
+A file is complete and on the disk before the database names it, and is never changed afterwards. Axis
+letters: n documents, N documents of a selection.
 """
 
 import os

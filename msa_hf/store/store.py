@@ -11,7 +11,7 @@ from typing import Any
 
 from ..modeling.errors import MemoryFormatError, MemoryMismatchError
 from ..modeling.memory_bank import MemoryBank
-from . import budget, database, maintenance, records, segments, view
+from . import budget, database, maintenance, records, segments, verification, view
 from .coding import Coding, Provenance
 from .drafts import Draft, drafts_of
 from .errors import (
@@ -39,7 +39,7 @@ class MemoryStore(StoreReader):
     earlier commit is never lost. Make one with `create`, open it with `open`.
 
     Attributes:
-        path: the folder. provenance: what its vectors depend on. model, tokenizer: None where it was opened without.
+        path: the folder. coding: how vectors are coded. model, tokenizer: None where it was opened without.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MemoryStore(StoreReader):
         Args:
             key_bits, value_bits, router_bits: 1 to 4 bits per number of keys, values and router keys; None
                 keeps them as the model makes them.
-            budget_bytes: of vectors; beyond it the least useful documents are stored in fewer bits, see `budget`.
+            budget_bytes: of vectors; beyond it the least useful documents take fewer bits, see `budget`.
             model_path: remembered, for those who open the store later.
 
         Raises:
@@ -129,7 +129,7 @@ class MemoryStore(StoreReader):
                 coding = Coding.from_bytes(provenance, database.read(connection, "coding"))
                 if model is not None:
                     check_model(provenance, model, tokenizer)
-                mark = database.ReaderMark.place(path, Journal(connection).newest()) if read_only else None
+                mark = _mark(path, connection) if read_only else None
                 store = cls(path, connection, coding, lock, mark, model, tokenizer)
                 if not read_only:
                     maintenance.recover(store)
@@ -142,7 +142,7 @@ class MemoryStore(StoreReader):
                 raise
 
     def close(self) -> None:
-        """Releases the store for other writers. Banks that it gave keep their vectors, but not their texts."""
+        """Releases the store for other writers. Banks of it keep their vectors, but not their texts."""
         self._connection.close()
         for held in (self._writer, self._mark):
             if held is not None:
@@ -158,7 +158,7 @@ class MemoryStore(StoreReader):
 
     @property
     def version(self) -> int:
-        """Number of the commit that is read: the newest for a writer, for a reader that of its last refresh."""
+        """Number of the commit that is read: the newest, or for a reader that of its last refresh."""
         return self._version
 
     @property
@@ -179,19 +179,18 @@ class MemoryStore(StoreReader):
 
     def refresh(self) -> int:
         """Goes to the newest commit, and returns its number."""
-        with self.reads() as connection:
-            newest = Journal(connection).newest()
-        if newest != self._version:
+        with self._guard, translated(self.path):
             if self._mark is not None:
-                mark = database.ReaderMark.place(self.path, newest)
+                mark = _mark(self.path, self._connection)
                 self._mark.release()
                 self._mark = mark
-            self._version = newest
-            self._banks.clear()
+            newest = Journal(self._connection).newest()
+            if newest != self._version:
+                self.committed(newest)
         return newest
 
     def snapshot(self, version: int) -> Snapshot:
-        """The store as it was after the commit `version`. Raises HistoryError if that cannot be read any more."""
+        """The store as it was after commit `version`. Raises HistoryError if that cannot be read any more."""
         with self.reads() as connection:
             oldest = database.read(connection, "oldest") or 1
             newest = Journal(connection).newest()
@@ -288,7 +287,7 @@ class MemoryStore(StoreReader):
         Args:
             documents: texts. ids: their names; by default the first 24 hex digits of their SHA-256.
             metadata: a JSON object per document. "title" and "source" are shown with answers.
-            if_exists: what happens to an id with another content: "error", "update" it, or "keep" what is there.
+            if_exists: what happens to an id with another content: "error", "update" it, or "keep" the old.
             batch_tokens, progress: of `encode_memory`.
 
         Raises:
@@ -307,8 +306,8 @@ class MemoryStore(StoreReader):
                         continue
                     if if_exists == "error":
                         raise DocumentExistsError(
-                            f"document {draft.document!r} exists in namespace {draft.namespace!r} with another "
-                            "content: update it, or add with if_exists='update'"
+                            f"document {draft.document!r} exists in namespace {draft.namespace!r} with "
+                            "another content: update it, or add with if_exists='update'"
                         )
                     died.append(found.id)
                 new.append(draft)
@@ -342,11 +341,11 @@ class MemoryStore(StoreReader):
                 self._change(lambda journal: journal.append("delete", died=died))
 
     def undo(self, steps: int = 1) -> int:
-        """Takes back the last changes, and returns the new version. Raises HistoryError if there are fewer."""
+        """Takes back the last changes; the new version. Raises HistoryError if there are fewer."""
         return self._step("undo", steps)
 
     def redo(self, steps: int = 1) -> int:
-        """Takes back the last undos, and returns the new version. Raises HistoryError if there are fewer."""
+        """Takes back the last undos; the new version. Raises HistoryError if there are fewer."""
         return self._step("redo", steps)
 
     def forget(self, ids: str | Sequence[str], namespace: str = DEFAULT_NAMESPACE) -> None:
@@ -383,14 +382,14 @@ class MemoryStore(StoreReader):
             maintenance.compact(self, history)
 
     def verify(self) -> list[str]:
-        """Checks every byte against its checksum, and that all parts fit together. What is wrong, as sentences."""
+        """Checks all bytes against their checksums, and that all parts fit. What is wrong, as sentences."""
         with self._guard:
-            return maintenance.verify(self)
+            return verification.verify(self)
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes of the store."""
         with self.reads():
-            return maintenance.stats(self)
+            return verification.stats(self)
 
     # What writing needs
 
@@ -415,7 +414,7 @@ class MemoryStore(StoreReader):
         )
 
     def committed(self, version: int) -> None:
-        """Takes note of an own commit."""
+        """Takes note of a commit that is now read."""
         self._version = version
         self._banks.clear()
 
@@ -455,6 +454,17 @@ def check_model(provenance: Provenance, model, tokenizer) -> None:
             "this store was made by another model; open it with that one, or reencode() it. Differences "
             f"(store != model): {'; '.join(differences)}"
         )
+
+
+def _mark(path: Path, connection: sqlite3.Connection) -> database.ReaderMark | None:
+    """A reader's mark at the newest commit, which no compaction has passed when it stood."""
+    journal = Journal(connection)
+    while True:
+        newest = journal.newest()
+        mark = database.ReaderMark.place(path, newest)
+        if mark is None or journal.newest() == newest:
+            return mark
+        mark.release()
 
 
 def _ids(ids: str | Sequence[str]) -> list[str]:

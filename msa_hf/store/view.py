@@ -184,7 +184,7 @@ def build_bank(
 
 
 class _Dropped:
-    """Vectors of documents whose keys and values the budget has dropped, encoded again when they are chosen."""
+    """Vectors of documents whose keys and values the budget has dropped; encoded when they are chosen."""
 
     def __init__(self, coding: Coding, texts: StoredTexts, versions: VisibleVersions, encode):
         self.coding, self.texts, self.versions, self.encode = coding, texts, versions, encode
@@ -207,8 +207,8 @@ class _Dropped:
     def _encoded(self, document: int) -> dict[Key, Storage]:
         if self.encode is None:
             raise StoreModelError(
-                "the keys and values of a chosen document were dropped to keep to the store's budget: open the "
-                "store with its model, which encodes them again"
+                "the keys and values of a chosen document were dropped to keep to the store's budget: open "
+                "the store with its model, which encodes them again"
             )
         bank = self.encode([self.texts[document]], [int(self.versions.ids[document])])
         return {key: getattr(bank.layers[key[0]], key[1]) for key in self.coding.keys}

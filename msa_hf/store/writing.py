@@ -73,8 +73,8 @@ def write_commit(
 class Rewriting:
     """Segments that are being written, and those that they replace.
 
-    Leaving the block without an error removes the replaced files; leaving it with one removes the new ones, and
-    the store is as it was.
+    Leaving the block without an error removes the replaced files; leaving it with one removes the new
+    ones, and the store is as it was.
     """
 
     def __init__(self, store: MemoryStore):
@@ -90,7 +90,7 @@ class Rewriting:
         return self
 
     def write(self, kept: Sequence[Version], fresh: Segment | None = None, tier: int | None = None) -> int:
-        """Writes a segment of what is stored of `kept`, then of `fresh`; its number. At most one tier takes part.
+        """Writes a segment of what is stored of `kept`, all of one tier, then of `fresh`; its number.
 
         Args:
             tier: in which the vectors are to be; by default their own.
