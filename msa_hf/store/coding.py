@@ -126,7 +126,11 @@ class Coding:
             return None
         if own.kind == storage.kind:
             return storage
-        return PackedRows.code(storage.slice(0, len(storage)), own.coder)
+        coded = PackedRows.allocate(len(storage), own.coder, own.dtype)
+        for start in range(0, len(storage), own.tile_rows):
+            rows = torch.arange(start, min(len(storage), start + own.tile_rows))
+            coded.write(rows, storage.slice(start, start + len(rows)))
+        return PackedRows(own.coder, coded.packed.codes, coded.packed.scales, own.dtype)
 
     def to_bytes(self) -> bytes:
         """Means and head as one safetensors file."""

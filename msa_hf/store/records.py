@@ -240,3 +240,23 @@ def count_by_namespace(connection: sqlite3.Connection, at: int) -> dict[str, int
 
 def forget_use(connection: sqlite3.Connection, namespace: str, document: str) -> None:
     connection.execute("DELETE FROM uses WHERE namespace=? AND document=?", (namespace, document))
+
+
+def count_use(connection: sqlite3.Connection, namespace: str, document: str, now: float) -> None:
+    connection.execute(
+        "INSERT INTO uses VALUES (?, ?, 1, ?) "
+        "ON CONFLICT (namespace, document) DO UPDATE SET count = count + 1, last = excluded.last",
+        (namespace, document, now),
+    )
+
+
+def uses(connection: sqlite3.Connection) -> dict[tuple[str, str], tuple[int, float]]:
+    """How often each document was used, and when last."""
+    rows = connection.execute("SELECT namespace, document, count, last FROM uses")
+    return {(namespace, document): (count, last) for namespace, document, count, last in rows}
+
+
+def births(connection: sqlite3.Connection, at: int) -> dict[int, float]:
+    """When each version that is visible at commit `at` appeared."""
+    rows = f"SELECT version, time FROM lives JOIN commits ON commits.id = born WHERE {VISIBLE}"
+    return dict(connection.execute(rows, {"at": at}).fetchall())

@@ -86,7 +86,7 @@ class MemoryStore(StoreReader):
         path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise StoreError(f"{path} exists and is not an empty folder: open it, or choose another place")
-        budget.check(budget_bytes)
+        budget.check_budget(budget_bytes)
         provenance = provenance_of(model, tokenizer, key_bits, value_bits, router_bits)
         coding = coding_of(provenance, model, tokenizer)
         with translated(path):
@@ -314,6 +314,7 @@ class MemoryStore(StoreReader):
             if new:
                 kind = "update" if len(died) == len(new) else "add"
                 write_commit(self, kind, new, died, batch_tokens, progress)
+                budget.enforce(self)
         return [draft.document for draft in drafts]
 
     def update(
@@ -365,6 +366,22 @@ class MemoryStore(StoreReader):
         with self.reads() as connection:
             proof = maintenance.tombstone(database.read(connection, "salt"), namespace, id)
             return records.has_tombstone(connection, proof)
+
+    def record_use(self, ids: str | Sequence[str], namespace: str = DEFAULT_NAMESPACE) -> None:
+        """Counts a use of documents. What is used keeps, or gets back, its precision under a budget.
+
+        Raises UnknownDocumentError, counting none, if one of them is not there.
+        """
+        with self.writes():
+            budget.record_use(self, _ids(ids), namespace)
+
+    def set_budget(self, budget_bytes: int | None) -> None:
+        """Another budget of vectors in bytes, or None. Raises ValueError for anything else."""
+        budget.check_budget(budget_bytes)
+        with self.writes() as connection:
+            with database.transaction(connection):
+                database.put(connection, "budget_bytes", budget_bytes)
+            budget.enforce(self)
 
     def scrub(self) -> None:
         """Finishes an erasure: the database's own files hold nothing of what was deleted."""

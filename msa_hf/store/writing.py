@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import budget, database, lexical_view, records, segments
+from . import database, lexical_view, records, segments
 from .coding import FULL
 from .drafts import Draft
 from .journal import Journal
@@ -39,9 +39,7 @@ def write_commit(
     segment, kept = None, []
     if fresh:
         texts, numbers = [drafts[number].text for number in fresh], [ids[number] for number in fresh]
-        bank = store.coding.pack(store.encode(texts, numbers, batch_tokens, progress))
-        storages = {key: getattr(bank.layers[key[0]], key[1]) for key in store.coding.keys}
-        segment = Segment(bank.token_counts, storages, store.coding)
+        segment = encoded(store, texts, numbers, batch_tokens, progress)
         kept = _small_segments(store, segment)
     with Rewriting(store) as rewriting:
         places: dict[int, tuple[int, int, int]] = {}
@@ -66,8 +64,20 @@ def write_commit(
             lexical_view.add_texts(store._connection, rows)
             version = Journal(store._connection).append(kind, list(ids), died)
     store.committed(version)
-    budget.enforce(store)
     return version
+
+
+def encoded(
+    store: MemoryStore,
+    texts: list[str],
+    numbers: list[int],
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> Segment:
+    """The vectors of texts, which are the versions `numbers`, as the store codes them."""
+    bank = store.coding.pack(store.encode(texts, numbers, batch_tokens, progress))
+    storages = {key: getattr(bank.layers[key[0]], key[1]) for key in store.coding.keys}
+    return Segment(bank.token_counts, storages, store.coding)
 
 
 class Rewriting:
@@ -101,7 +111,6 @@ class Rewriting:
             opened = [self.store.segment(number) for number in numbers]
             sources = torch.tensor([numbers.index(version.segment) for version in kept])
             parts.append(segments.join(opened, sources, torch.tensor([version.position for version in kept])))
-            self._left |= set(numbers)
         if fresh is not None:
             parts.append(fresh)
         sources = torch.repeat_interleave(torch.tensor([len(part.token_counts) for part in parts]))
@@ -112,8 +121,13 @@ class Rewriting:
         number = self._next
         self._next += 1
         self._files.append((number, segments.write(self.store.path, segment)))
-        self.moved |= {version.id: (number, place) for place, version in enumerate(kept)}
+        self.place(kept, number)
         return number
+
+    def place(self, versions: Sequence[Version], number: int) -> None:
+        """Says that these versions are now those of segment `number`, in order."""
+        self.moved |= {version.id: (number, place) for place, version in enumerate(versions)}
+        self._left |= {version.segment for version in versions}
 
     def leave(self, numbers: Sequence[int]) -> None:
         """Segments that may be of no use any more."""
