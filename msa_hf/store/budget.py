@@ -18,8 +18,8 @@ from . import database, records
 from .coding import FULL, LOW, TEXT, TIERS, Coding
 from .errors import UnknownDocumentError
 from .records import Version
+from .rewriting import Rewriting, encoded
 from .segments import Segment, chunk_size
-from .writing import Rewriting, encoded
 
 if TYPE_CHECKING:
     from .store import MemoryStore

@@ -12,7 +12,7 @@ from . import database, lexical_view, records, segments, view
 from .errors import StoreLockedError, UnknownDocumentError
 from .journal import Journal
 from .records import Version
-from .writing import Rewriting
+from .rewriting import Rewriting
 
 if TYPE_CHECKING:
     from .store import MemoryStore

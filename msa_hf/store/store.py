@@ -15,7 +15,6 @@ from . import budget, database, maintenance, records, segments, verification, vi
 from .coding import Coding, Provenance
 from .drafts import Draft, drafts_of
 from .errors import (
-    DocumentExistsError,
     HistoryError,
     StoreError,
     StoreModelError,
@@ -25,10 +24,10 @@ from .errors import (
 from .journal import Commit, Journal
 from .provenance import coding_of, provenance_of
 from .reader import DEFAULT_NAMESPACE, Snapshot, StoreReader
-from .writing import write_commit
+from .rewriting import encoded
+from .writing import store_drafts
 
 READ_TRIES = 5  # of a reader that meets a compaction
-IF_EXISTS = ("error", "update", "keep")
 
 
 class MemoryStore(StoreReader):
@@ -294,27 +293,13 @@ class MemoryStore(StoreReader):
             ValueError: texts, ids or metadata that cannot be stored. DocumentExistsError: see `if_exists`.
             StoreModelError: the store was opened without its model. StoreWriteError: the disk refused.
         """
-        if if_exists not in IF_EXISTS:
-            raise ValueError(f"if_exists must be one of {', '.join(IF_EXISTS)}; got {if_exists!r}")
         drafts = drafts_of(documents, ids, namespace, metadata)
-        with self.writes() as connection:
-            new, died = [], []
-            for draft in drafts:
-                found = records.find(connection, self._version, draft.namespace, draft.document)
-                if found is not None:
-                    if self._same(connection, found, draft) or if_exists == "keep":
-                        continue
-                    if if_exists == "error":
-                        raise DocumentExistsError(
-                            f"document {draft.document!r} exists in namespace {draft.namespace!r} with "
-                            "another content: update it, or add with if_exists='update'"
-                        )
-                    died.append(found.id)
-                new.append(draft)
-            if new:
-                kind = "update" if len(died) == len(new) else "add"
-                write_commit(self, kind, new, died, batch_tokens, progress)
-                budget.enforce(self)
+
+        def vectors(new: list[Draft], numbers: list[int]) -> segments.Segment:
+            return encoded(self, [draft.text for draft in new], numbers, batch_tokens, progress)
+
+        with self.writes():
+            store_drafts(self, drafts, if_exists, vectors)
         return [draft.document for draft in drafts]
 
     def update(
@@ -452,11 +437,6 @@ class MemoryStore(StoreReader):
         if found is None:
             raise UnknownDocumentError(f"no document {id!r} in namespace {namespace!r}")
         return found
-
-    def _same(self, connection: sqlite3.Connection, found: records.Version, draft: Draft) -> bool:
-        if found.sha256 != draft.sha256:
-            return False
-        return dict(records.metadata(connection, [found.id])).get(found.id) == draft.metadata
 
 
 def check_model(provenance: Provenance, model, tokenizer) -> None:

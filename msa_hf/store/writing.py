@@ -1,160 +1,103 @@
-"""One commit with new documents: encode, write a segment, then name it in the database."""
+"""One commit with new documents: their vectors are written first, then the database names them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
-from . import database, lexical_view, records, segments
+from . import budget, database, lexical_view, records
 from .coding import FULL
 from .drafts import Draft
+from .errors import DocumentExistsError
 from .journal import Journal
 from .records import Version
+from .rewriting import Rewriting
 from .segments import Segment
 
 if TYPE_CHECKING:
     from .store import MemoryStore
+
+IF_EXISTS = ("error", "update", "keep")
+
+VectorsOf = Callable[[list[Draft], list[int]], Segment]  # of drafts, which get these numbers as versions
 
 # Small segments are joined when there are FANOUT of a size, unless that would rewrite much of the store.
 FANOUT = 8
 MERGED_BYTES, MERGED_SHARE = 1 << 18, 0.004
 
 
-def write_commit(
-    store: MemoryStore,
-    kind: str,
-    drafts: Sequence[Draft],
-    died: Sequence[int] = (),
-    batch_tokens: int | None = None,
-    progress: bool = False,
-) -> int:
-    """Stores documents, and ends the lives of versions, in one commit; its number."""
+def store_drafts(store: MemoryStore, drafts: Sequence[Draft], if_exists: str, vectors: VectorsOf) -> None:
+    """Stores the drafts that the store does not have yet, in one commit; see `MemoryStore.add`."""
+    if if_exists not in IF_EXISTS:
+        raise ValueError(f"if_exists must be one of {', '.join(IF_EXISTS)}; got {if_exists!r}")
+    new, died = [], []
+    with store.reads() as connection:
+        for draft in drafts:
+            found = records.find(connection, store.version, draft.namespace, draft.document)
+            if found is not None:
+                if if_exists == "keep" or _is_stored(connection, found, draft):
+                    continue
+                if if_exists == "error":
+                    raise DocumentExistsError(
+                        f"document {draft.document!r} exists in namespace {draft.namespace!r} with another "
+                        "content: update it, or add with if_exists='update'"
+                    )
+                died.append(found.id)
+            new.append(draft)
+    if new:
+        _commit(store, "update" if len(died) == len(new) else "add", new, died, vectors)
+        budget.enforce(store)
+
+
+def _commit(store: MemoryStore, kind: str, drafts: list[Draft], died: list[int], vectors: VectorsOf) -> None:
+    """Documents that appear, and versions that they replace, in one commit."""
+    numbered = store.provenance.settings.prompt_format == "msa"  # then vectors are those of one version alone
     with store.reads() as connection:
         first = records.next_version(connection)
-        known = [_same_text(connection, draft) for draft in drafts]
+        known = [None if numbered else _same_text(connection, draft) for draft in drafts]
     ids = range(first, first + len(drafts))
     fresh = [number for number, version in enumerate(known) if version is None]
     segment, kept = None, []
     if fresh:
-        texts, numbers = [drafts[number].text for number in fresh], [ids[number] for number in fresh]
-        segment = encoded(store, texts, numbers, batch_tokens, progress)
+        segment = vectors([drafts[number] for number in fresh], [ids[number] for number in fresh])
         kept = _small_segments(store, segment)
     with Rewriting(store) as rewriting:
         places: dict[int, tuple[int, int, int]] = {}
         if segment is not None:
-            number = rewriting.write(kept, segment)
-            counts = segment.token_counts.tolist()
+            number, counts = rewriting.write(kept, segment), segment.token_counts.tolist()
             places = {index: (number, len(kept) + place, counts[place]) for place, index in enumerate(fresh)}
+        for index, version in enumerate(known):
+            if version is not None:
+                where = rewriting.moved.get(version.id, (version.segment, version.position))
+                places[index] = (*where, version.tokens)
         with database.transaction(store._connection):
             rewriting.record()
-            rows = []
-            for index, (draft, version) in enumerate(zip(drafts, known)):
-                if version is None:
-                    where, position, tokens = places[index]
-                else:
-                    where, position, tokens = version.segment, version.position, version.tokens
-                    where, position = rewriting.moved.get(version.id, (where, position))
+            for index, draft in enumerate(drafts):
+                segment_number, position, tokens = places[index]
                 own = Version(
-                    ids[index], draft.namespace, draft.document, draft.sha256, tokens, where, position
+                    ids[index],
+                    draft.namespace,
+                    draft.document,
+                    draft.sha256,
+                    tokens,
+                    segment_number,
+                    position,
                 )
                 records.insert(store._connection, own, draft.text, draft.metadata)
-                rows.append((ids[index], draft.text))
-            lexical_view.add_texts(store._connection, rows)
+            texts = zip(ids, (draft.text for draft in drafts))
+            lexical_view.add_texts(store._connection, texts)
             version = Journal(store._connection).append(kind, list(ids), died)
     store.committed(version)
-    return version
 
 
-def encoded(
-    store: MemoryStore,
-    texts: list[str],
-    numbers: list[int],
-    batch_tokens: int | None = None,
-    progress: bool = False,
-) -> Segment:
-    """The vectors of texts, which are the versions `numbers`, as the store codes them."""
-    bank = store.coding.pack(store.encode(texts, numbers, batch_tokens, progress))
-    storages = {key: getattr(bank.layers[key[0]], key[1]) for key in store.coding.keys}
-    return Segment(bank.token_counts, storages, store.coding)
+def _is_stored(connection: sqlite3.Connection, found: Version, draft: Draft) -> bool:
+    if found.sha256 != draft.sha256:
+        return False
+    return dict(records.metadata(connection, [found.id])).get(found.id) == draft.metadata
 
 
-class Rewriting:
-    """Segments that are being written, and those that they replace.
-
-    Leaving the block without an error removes the replaced files; leaving it with one removes the new
-    ones, and the store is as it was.
-    """
-
-    def __init__(self, store: MemoryStore):
-        self.store = store
-        self.moved: dict[int, tuple[int, int]] = {}
-        self._files: list[tuple[int, segments.SegmentFile]] = []
-        self._left: set[int] = set()
-        self._removed: list[tuple[int, str]] = []
-
-    def __enter__(self) -> Rewriting:
-        with self.store.reads() as connection:
-            self._next = records.next_segment(connection)
-        return self
-
-    def write(self, kept: Sequence[Version], fresh: Segment | None = None, tier: int | None = None) -> int:
-        """Writes a segment of what is stored of `kept`, all of one tier, then of `fresh`; its number.
-
-        Args:
-            tier: in which the vectors are to be; by default their own.
-        """
-        parts = []
-        if kept:
-            numbers = sorted({version.segment for version in kept})
-            opened = [self.store.segment(number) for number in numbers]
-            sources = torch.tensor([numbers.index(version.segment) for version in kept])
-            parts.append(segments.join(opened, sources, torch.tensor([version.position for version in kept])))
-        if fresh is not None:
-            parts.append(fresh)
-        sources = torch.repeat_interleave(torch.tensor([len(part.token_counts) for part in parts]))
-        positions = torch.cat([torch.arange(len(part.token_counts)) for part in parts])
-        segment = parts[0] if len(parts) == 1 else segments.join(parts, sources, positions)
-        if tier is not None:
-            segment = segment.recoded(tier)
-        number = self._next
-        self._next += 1
-        self._files.append((number, segments.write(self.store.path, segment)))
-        self.place(kept, number)
-        return number
-
-    def place(self, versions: Sequence[Version], number: int) -> None:
-        """Says that these versions are now those of segment `number`, in order."""
-        self.moved |= {version.id: (number, place) for place, version in enumerate(versions)}
-        self._left |= {version.segment for version in versions}
-
-    def leave(self, numbers: Sequence[int]) -> None:
-        """Segments that may be of no use any more."""
-        self._left |= set(numbers)
-
-    def record(self) -> None:
-        """Tells the database, in the caller's transaction, about the new segments and who moved there."""
-        connection = self.store._connection
-        for number, file in self._files:
-            records.insert_segment(connection, number, file)
-        records.move(connection, self.moved)
-        self._removed = records.remove_unused(connection, sorted(self._left))
-        if self._removed or self.moved:
-            database.put(connection, "epoch", (database.read(connection, "epoch") or 0) + 1)
-
-    def __exit__(self, kind, error, trace) -> None:
-        folder = self.store.path / database.SEGMENTS
-        if kind is not None:
-            for _, file in self._files:
-                (folder / file.name).unlink(missing_ok=True)
-            return
-        self.store.drop_segments([number for number, _ in self._removed])
-        for _, name in self._removed:
-            (folder / name).unlink(missing_ok=True)
-
-
-def _same_text(connection, draft: Draft) -> Version | None:
+def _same_text(connection: sqlite3.Connection, draft: Draft) -> Version | None:
     """A version of the document, of whatever age, whose vectors are those of the draft."""
     versions = records.versions_of(connection, draft.namespace, draft.document)
     return next((own for own in versions if own.sha256 == draft.sha256), None)
