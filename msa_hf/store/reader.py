@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..modeling.errors import MemoryFormatError
 from ..modeling.memory_bank import MemoryBank
 from ..modeling.retrieval_msa import FUSION_DEPTH, MODES
-from . import records, view
+from . import exchange, records, view
 from .errors import HistoryError, StoreModelError, UnknownDocumentError
 
 if TYPE_CHECKING:
@@ -184,6 +184,13 @@ class StoreReader:
             hits.append(Hit(note["id"], note["namespace"], bank.documents[index], *scores))
         return hits
 
+    def export_to(self, folder: str | Path, namespaces: str | Sequence[str] = "*") -> int:
+        """Writes the documents with their vectors into a folder, for `import_from` and for the Hub; how many.
+
+        Raises StoreError if the folder holds something else, StoreWriteError where the disk refuses.
+        """
+        return exchange.export_to(self, folder, _names(namespaces))
+
 
 class Snapshot(StoreReader):
     """A store as it was after an earlier commit; it can only be read."""
@@ -223,10 +230,3 @@ def _names(namespaces: str | Sequence[str]) -> tuple[str, ...] | None:
         if not isinstance(name, str) or not name:
             raise ValueError(f"namespaces must be names, or '*' for all; got {name!r}")
     return tuple(sorted(set(names)))
-
-
-def check_number(value: object, name: str) -> int:
-    """Raises MemoryFormatError unless a number from the database is one."""
-    if type(value) is not int:
-        raise MemoryFormatError(f"the store's database is damaged: {name} is {value!r}")
-    return value

@@ -260,3 +260,9 @@ def births(connection: sqlite3.Connection, at: int) -> dict[int, float]:
     """When each version that is visible at commit `at` appeared."""
     rows = f"SELECT version, time FROM lives JOIN commits ON commits.id = born WHERE {VISIBLE}"
     return dict(connection.execute(rows, {"at": at}).fetchall())
+
+
+def count_tokens(connection: sqlite3.Connection, tokens: dict[int, int]) -> None:
+    """How many tokens versions have for another tokenizer."""
+    rows = ((count, version) for version, count in tokens.items())
+    connection.executemany("UPDATE versions SET tokens=? WHERE id=?", rows)

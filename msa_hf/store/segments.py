@@ -102,34 +102,42 @@ def join(segments: Sequence[Segment], sources: torch.Tensor, positions: torch.Te
 
 
 def write(folder: Path, segment: Segment) -> SegmentFile:
-    """Writes a segment of the store in `folder` and waits until it is on the disk.
+    """Writes a segment of the store in `folder`; see `write_file`."""
+    return write_file(folder / SEGMENTS / f"segment-{uuid.uuid4().hex}.safetensors", segment)
+
+
+def write_file(path: Path, segment: Segment) -> SegmentFile:
+    """Writes a segment and waits until it is on the disk.
 
     Raises StoreWriteError, leaving no file behind, where the disk refuses.
     """
-    name = f"segment-{uuid.uuid4().hex}.safetensors"
-    path = folder / SEGMENTS / name
     tensors = {"token_counts": segment.token_counts}
     for (layer, kind), storage in segment.storages.items():
         if storage is not None:
             ends = storage.tensors()
             tensors |= {f"layers.{layer}.{kind}{end}": ends[end] for end in _endings(storage)}
-    with translated(folder):
+    with translated(path.parent):
         try:
             write_tensors(path, tensors)
             sync_folder(path.parent)
             digest, size = bytes.fromhex(file_sha256(path)), path.stat().st_size
-            return SegmentFile(name, size, digest, len(segment.token_counts), segment.tier)
+            return SegmentFile(path.name, size, digest, len(segment.token_counts), segment.tier)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
 
 
 def read(folder: Path, file: SegmentFile, coding: Coding) -> Segment:
+    """A segment of the store in `folder`; see `read_file`."""
+    return read_file(folder / SEGMENTS, file, coding)
+
+
+def read_file(folder: Path, file: SegmentFile, coding: Coding) -> Segment:
     """The segment in a file, memory-mapped: nothing but its header and token counts is read.
 
-    Raises MemoryFormatError if the file is missing, cut off, or not what the database says.
+    Raises MemoryFormatError if the file is missing, cut off, or not what is known about it.
     """
-    path = folder / SEGMENTS / check_file_name(file.name, "the store's database")
+    path = folder / check_file_name(file.name, "the index")
     check_size(path, file.bytes)
     try:
         if file.tier not in TIERS:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..modeling.errors import MemoryFormatError, MemoryMismatchError
 from ..modeling.memory_bank import MemoryBank
-from . import budget, database, maintenance, records, segments, verification, view
+from . import budget, database, exchange, maintenance, records, reencoding, segments, verification, view
 from .coding import Coding, Provenance
 from .drafts import Draft, drafts_of
 from .errors import (
@@ -82,25 +82,33 @@ class MemoryStore(StoreReader):
         Raises:
             StoreError: the folder holds something. ValueError: other bits or budget.
         """
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise StoreError(f"{path} exists and is not an empty folder: open it, or choose another place")
         budget.check_budget(budget_bytes)
         provenance = provenance_of(model, tokenizer, key_bits, value_bits, router_bits)
+        path = _empty_folder(path)
         coding = coding_of(provenance, model, tokenizer)
+        return cls._make(path, coding, budget_bytes, model_path, model, tokenizer)
+
+    @classmethod
+    def _make(cls, path: Path, coding: Coding, budget_bytes, model_path, model, tokenizer) -> MemoryStore:
+        """The files of a new store, and the object that writes them."""
+        path = _empty_folder(path)
         with translated(path):
             (path / database.SEGMENTS).mkdir(parents=True)
             lock = database.WriterLock(path)
             values = {
                 "written_by": database.written_by(),
-                "provenance": provenance.to_json(),
+                "provenance": coding.provenance.to_json(),
                 "coding": coding.to_bytes(),
                 "budget_bytes": budget_bytes,
                 "model": None if model_path is None else str(model_path),
                 "salt": database.salt(),
             }
-            connection = database.create(path, values)
-            segments.sync_folder(path)
+            try:
+                connection = database.create(path, values)
+                segments.sync_folder(path)
+            except BaseException:
+                lock.release()
+                raise
         return cls(path, connection, coding, lock, None, model, tokenizer)
 
     @classmethod
@@ -139,6 +147,23 @@ class MemoryStore(StoreReader):
                 if lock is not None:
                     lock.release()
                 raise
+
+    @classmethod
+    def from_export(cls, path: str | Path, folder: str | Path, model=None, tokenizer=None) -> MemoryStore:
+        """A new store in `path` with what is in an export, vectors as they are; it needs no model.
+
+        Raises what `create` and `import_from` raise.
+        """
+        export = exchange.Export(folder)
+        if model is not None:
+            check_model(export.provenance, model, tokenizer)
+        store = cls._make(Path(path), export.coding, None, export.model_path, model, tokenizer)
+        try:
+            store.import_from(folder)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def close(self) -> None:
         """Releases the store for other writers. Banks of it keep their vectors, but not their texts."""
@@ -222,6 +247,8 @@ class MemoryStore(StoreReader):
                 wanted = sorted(set(found.segments.tolist()))
                 files = records.segment_files(connection, wanted)
                 epoch = database.read(connection, "epoch")
+                if Provenance.from_json(database.read(connection, "provenance")) != self.provenance:
+                    raise MemoryMismatchError(f"{self.path} was re-encoded by another model: open it again")
             try:
                 opened = {number: self.segment(number, files) for number in wanted}
                 break
@@ -373,6 +400,50 @@ class MemoryStore(StoreReader):
         with self.writes():
             maintenance.scrub(self)
 
+    def add_bank(
+        self,
+        bank: MemoryBank,
+        ids: Sequence[str] | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        if_exists: str = "error",
+    ) -> list[str]:
+        """Adds the documents of a dense bank that the store's model has encoded; see `add`.
+
+        Raises MemoryMismatchError if another model made it, ValueError if it is packed, and what `add` does.
+        """
+        drafts = drafts_of(list(bank.documents), ids, namespace, metadata)
+        with self.writes():
+            store_drafts(self, drafts, if_exists, exchange.vectors_of_bank(self, bank, drafts))
+        return [draft.document for draft in drafts]
+
+    def import_from(
+        self, folder: str | Path, namespace: str | None = None, *, if_exists: str = "error"
+    ) -> list[str]:
+        """Adds the documents of an export in one commit, and returns their ids.
+
+        Vectors of an export of the same provenance are taken as they are; else texts are encoded.
+
+        Args:
+            namespace: for all of them; by default each keeps its own. if_exists: see `add`.
+
+        Raises FileNotFoundError, MemoryFormatError (damaged; nothing is added), and what `add` raises.
+        """
+        export = exchange.Export(folder)
+        drafts = export.drafts(namespace)
+        with self.writes():
+            store_drafts(self, drafts, if_exists, exchange.vectors_of_export(self, export, drafts))
+        return [draft.document for draft in drafts]
+
+    def reencode(self, model, tokenizer, *, model_path: str | None = None, progress: bool = False) -> None:
+        """Makes the store one of another model: encodes all texts, those of the history, too.
+
+        The old vectors stay until all new ones are on the disk. Readers must open the store again.
+        """
+        with self.writes():
+            reencoding.reencode(self, model, tokenizer, model_path, progress)
+
     def compact(self, history: bool = True) -> None:
         """Puts the vectors into few segments in order, and gives back space that nothing needs.
 
@@ -451,6 +522,13 @@ def check_model(provenance: Provenance, model, tokenizer) -> None:
             "this store was made by another model; open it with that one, or reencode() it. Differences "
             f"(store != model): {'; '.join(differences)}"
         )
+
+
+def _empty_folder(path: str | Path) -> Path:
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StoreError(f"{path} exists and is not an empty folder: open it, or choose another place")
+    return path
 
 
 def _mark(path: Path, connection: sqlite3.Connection) -> database.ReaderMark | None:
