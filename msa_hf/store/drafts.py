@@ -27,7 +27,10 @@ def drafts_of(
     namespace: str,
     metadata: Sequence[Mapping[str, Any]] | None,
 ) -> list[Draft]:
-    """One draft per different id. Raises ValueError, naming field, rule and value, for anything else."""
+    """One draft per document; equal ids have equal drafts.
+
+    Raises ValueError, naming field, rule and value, for what cannot be stored.
+    """
     if isinstance(documents, str):
         raise ValueError("documents must be a list of texts; got one text")
     documents = list(documents)
@@ -35,16 +38,18 @@ def drafts_of(
         if values is not None and (isinstance(values, (str, Mapping)) or len(values) != len(documents)):
             raise ValueError(f"{name} must have one entry per document ({len(documents)})")
     check_name("namespace", namespace)
-    drafts: dict[str, Draft] = {}
+    drafts: list[Draft] = []
+    known: dict[str, Draft] = {}
     for index, text in enumerate(documents):
         _check_text(f"documents[{index}]", text)
         own = digest(text)
         document = own.hex()[:24] if ids is None else check_name(f"ids[{index}]", ids[index])
         notes = {} if metadata is None else checked_metadata(index, metadata[index])
         draft = Draft(namespace, document, text, notes, own)
-        if drafts.setdefault(document, draft) != draft:
+        if known.setdefault(document, draft) != draft:
             raise ValueError(f"ids must differ; {document!r} stands for two different documents")
-    return list(drafts.values())
+        drafts.append(draft)
+    return drafts
 
 
 def check_name(field: str, name: object) -> str:

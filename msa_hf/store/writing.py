@@ -33,7 +33,7 @@ def store_drafts(store: MemoryStore, drafts: Sequence[Draft], if_exists: str, ve
         raise ValueError(f"if_exists must be one of {', '.join(IF_EXISTS)}; got {if_exists!r}")
     new, died = [], []
     with store.reads() as connection:
-        for draft in drafts:
+        for draft in {(draft.namespace, draft.document): draft for draft in drafts}.values():
             found = records.find(connection, store.version, draft.namespace, draft.document)
             if found is not None:
                 if if_exists == "keep" or _is_stored(connection, found, draft):
