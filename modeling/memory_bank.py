@@ -310,7 +310,9 @@ class MemoryBank:
                     packing[prefix] = settings
         for layer, (keys, values) in self.head.items():
             tensors[f"head.{layer}.keys"], tensors[f"head.{layer}.values"] = keys, values
-        tensors.update({f"means.{layer}.{name}": mean for (layer, name), mean in self.means.items()})
+        for (layer, name), mean in self.means.items():
+            if f"layers.{layer}.{name}" not in packing:  # packed vectors have them with their codes
+                tensors[f"means.{layer}.{name}"] = mean
         write_memory(
             directory, self.documents, tensors, self.settings, self.fingerprint, self.metadata, packing
         )

@@ -11,7 +11,7 @@ from tiny_models import DOCUMENTS, QUESTIONS, tiny_model
 from transformers import DynamicCache, TextIteratorStreamer
 
 from msa_hf.modeling.cache_memory import MemoryCache, MemoryReader
-from msa_hf.modeling.interleave_msa import document_numbers
+from msa_hf.modeling.interleave_msa import named_documents
 
 NEW = 7
 
@@ -247,6 +247,18 @@ def test_bad_options_are_refused(model, bank, batch, options, message):
         generate(model, batch, "a path")
 
 
-def test_document_numbers():
-    assert document_numbers("[2][0] see [11] and [2] or [x] [-1] [99999999999999]", 3) == [0, 2]
-    assert document_numbers("", 5) == []
+class _Numbered:
+    """As much of a memory as `named_documents` looks at."""
+
+    def __init__(self, count, numbers=None):
+        self.count, self.numbers = count, numbers
+
+    def __len__(self):
+        return self.count
+
+
+def test_named_documents():
+    text = "[2][0] see [11] and [2] or [x] [-1] [99999999999999]"
+    assert named_documents(text, _Numbered(3)) == [0, 2]
+    assert named_documents(text, _Numbered(3, [7, 11, 2])) == [1, 2]
+    assert named_documents("", _Numbered(5)) == []

@@ -46,6 +46,7 @@ MODELING_FLOORS = {
     "kernel_encoding": 1,
     "kernel_memory": 1,
     "routing_products": 1,
+    "sample_texts": 1,
     "triton_ops": 1,
     "ops": 2,
     "memory_bank": 2,

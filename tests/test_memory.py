@@ -281,6 +281,7 @@ def test_swapped_vectors_are_refused(model, tiny_tokenizer, tmp_path):
 
 
 def test_an_interrupted_encoding_goes_on_where_it_stopped(model, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("msa_hf.modeling.memory_encoding.PORTION_TOKENS", 1)
     expected = model.encode_memory(DOCUMENTS, tiny_tokenizer, batch_tokens=32)
     calls = []
     original = type(model.model).encode
