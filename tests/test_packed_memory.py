@@ -393,3 +393,24 @@ def test_gains_and_means_reach_the_kernels(monkeypatch, with_kernels):
         real = own > -torch.inf
         assert rms_ratio(mine[real], own[real]) < HALF_PRECISION
     assert not ours[0][1, :, 1:].any()
+
+
+def test_a_document_has_the_same_bytes_in_every_bank(tiny_tokenizer, tmp_path):
+    model = tiny_model()
+    whole = model.encode_memory(DOCUMENTS, tiny_tokenizer)
+    alone = model.encode_memory(DOCUMENTS[3:4], tiny_tokenizer)
+    alone.save_pretrained(tmp_path)
+    first = int(whole.chunk_counts[:3].sum())
+    for bank in (alone.pack(), MemoryBank.from_pretrained(tmp_path).pack()):
+        for layer, memory in whole.pack().layers.items():
+            own = bank.layers[layer].keys.packed
+            assert torch.equal(own.codes, memory.keys.packed.codes[first : first + len(own.codes)])
+            assert torch.equal(own.scales, memory.keys.packed.scales[first : first + len(own.scales)])
+
+
+def test_without_typical_means_a_bank_takes_its_own(tiny_tokenizer):
+    bank = tiny_model().encode_memory(DOCUMENTS, tiny_tokenizer)
+    bank.means = {}  # as in a bank of an older release
+    packed = bank.pack().layers[1].keys
+    own = bank.layers[1].keys.data.unflatten(1, packed.coder.means.shape).double().mean(0).float()
+    assert torch.equal(packed.coder.means, own)
