@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .records import digest
+from .records import as_json, digest
 
 LONGEST_NAME, LONGEST_METADATA = 1024, 1 << 20  # characters
 
@@ -46,7 +46,8 @@ def drafts_of(
         document = own.hex()[:24] if ids is None else check_name(f"ids[{index}]", ids[index])
         notes = {} if metadata is None else checked_metadata(index, metadata[index])
         draft = Draft(namespace, document, text, notes, own)
-        if known.setdefault(document, draft) != draft:
+        first = known.setdefault(document, draft)
+        if first.sha256 != own or as_json(first.metadata) != as_json(notes):
             raise ValueError(f"ids must differ; {document!r} stands for two different documents")
         drafts.append(draft)
     return drafts

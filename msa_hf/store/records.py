@@ -36,8 +36,12 @@ def insert(connection: sqlite3.Connection, version: Version, text: str, metadata
     values = (version.id, version.namespace, version.document, version.sha256)
     values += (version.tokens, version.segment, version.position)
     connection.execute("INSERT INTO versions VALUES (?,?,?,?,?,?,?)", values)
-    stored = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
-    connection.execute("INSERT INTO contents VALUES (?,?,?)", (version.id, stored, text))
+    connection.execute("INSERT INTO contents VALUES (?,?,?)", (version.id, as_json(metadata), text))
+
+
+def as_json(metadata: dict) -> str:
+    """Metadata as it is stored; equal for equal metadata alone, where to Python 1 is True."""
+    return json.dumps(metadata, ensure_ascii=False, sort_keys=True)
 
 
 def next_version(connection: sqlite3.Connection) -> int:

@@ -94,7 +94,8 @@ def _commit(store: MemoryStore, kind: str, drafts: list[Draft], died: list[int],
 def _is_stored(connection: sqlite3.Connection, found: Version, draft: Draft) -> bool:
     if found.sha256 != draft.sha256:
         return False
-    return dict(records.metadata(connection, [found.id])).get(found.id) == draft.metadata
+    stored = dict(records.metadata(connection, [found.id])).get(found.id)
+    return stored is not None and records.as_json(stored) == records.as_json(draft.metadata)
 
 
 def _same_text(connection: sqlite3.Connection, draft: Draft) -> Version | None:
