@@ -66,7 +66,7 @@ def encode_documents(
     """See `MSAForCausalLM.encode_memory`."""
     config, settings = model.config, model.config.memory_settings
     if batch_tokens is None:
-        batch_tokens = CPU_BATCH_TOKENS if model.device.type == "cpu" else BATCH_TOKENS
+        batch_tokens = default_batch_tokens(model.device)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens must be at least 1; got {batch_tokens}")
     if not config.router_layers:
@@ -130,6 +130,11 @@ def encode_documents(
         means=typical_means(model, tokenizer),
         numbers=numbers,
     )
+
+
+def default_batch_tokens(device: torch.device) -> int:
+    """Padded tokens that are encoded at once."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
 def typical_means(model, tokenizer) -> dict[tuple[int, str], torch.Tensor]:

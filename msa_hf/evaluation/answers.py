@@ -20,7 +20,6 @@ from msa_hf.evaluation.cached_memory import benchmark_memory
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.hotpotqa import HotpotQA
 from msa_hf.evaluation.metrics import Estimate
-from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
 
 CLOSED_BOOK, MEMORY, ROUTERS, GOLD = "closed book", "memory", "routers alone", "gold given"
 
@@ -69,7 +68,7 @@ def evaluate_answers(
     question_batch: int = 8,
     mode: str | None = None,
     cache_dir: str | Path | None = None,
-    batch_tokens: int = CPU_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> AnswerReport:
     """Answers the first `questions` questions (None: all) in every setting, greedily.

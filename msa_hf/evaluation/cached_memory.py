@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from msa_hf.evaluation.hotpotqa import document_digest
 from msa_hf.modeling.errors import MemoryFormatError
-from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
 from msa_hf.packages import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def benchmark_memory(
     tokenizer: Any,
     documents: Sequence[str],
     cache_dir: str | Path | None = None,
-    batch_tokens: int = CPU_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> Any:
     """The MemoryBank of `documents`, encoded by `model` or read from an earlier run's folder."""

@@ -19,7 +19,7 @@ import torch
 
 from msa_hf.evaluation.environment import Environment, describe_environment
 from msa_hf.evaluation.peak_memory import EncodingMemory, measure_encoding
-from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS, length_batches, pad_rows, tokenize_documents
+from msa_hf.modeling.memory_encoding import default_batch_tokens, length_batches, pad_rows, tokenize_documents
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def evaluate_cost(
     checkpoint: str | Path | None = None,
     sample: int = 128,
     repetitions: int = 5,
-    batch_tokens: int = CPU_BATCH_TOKENS,
+    batch_tokens: int | None = None,
 ) -> CostReport:
     """Measures `model` on `documents`.
 
@@ -117,7 +117,12 @@ def evaluate_cost(
 
 
 def time_encoding(
-    model: Any, tokenizer: Any, texts: Sequence[str], question: str, repetitions: int, batch_tokens: int
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    question: str,
+    repetitions: int,
+    batch_tokens: int | None,
 ) -> tuple[Timing, Timing, Any, dict[str, float]]:
     """Timings of `encode_memory` and of the plain backbone over the same texts, the bank, the errors."""
     plain = plain_backbone(model)
@@ -177,11 +182,14 @@ def plain_backbone(model: Any) -> Any:
     return plain.eval()
 
 
-def document_batches(model: Any, tokenizer: Any, texts: Sequence[str], batch_tokens: int) -> list[tuple]:
+def document_batches(
+    model: Any, tokenizer: Any, texts: Sequence[str], batch_tokens: int | None
+) -> list[tuple]:
     """Right-padded (input_ids, attention_mask) [B, T]: the batches that `encode_memory` makes."""
     tokens = tokenize_documents(list(texts), tokenizer, model.config.prompt_format)
     batches = []
-    for rows in length_batches([len(row) for row in tokens], batch_tokens):
+    budget = batch_tokens or default_batch_tokens(model.device)
+    for rows in length_batches([len(row) for row in tokens], budget):
         ids, lengths = pad_rows([tokens[row] for row in rows], model.device)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         batches.append((ids, mask.long().to(model.device)))

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import torch
 
-from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
-
 
 @dataclass(frozen=True)
 class EncodingMemory:
@@ -36,7 +34,7 @@ def measure_encoding(
     checkpoint: str | Path,
     documents: Sequence[str],
     *,
-    batch_tokens: int = CPU_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     dtype: str = "bfloat16",
     threads: int | None = None,
 ) -> EncodingMemory:
@@ -50,7 +48,7 @@ def measure_encoding(
         arguments = [
             str(checkpoint),
             str(file),
-            str(batch_tokens),
+            str(batch_tokens or 0),
             dtype,
             str(threads or torch.get_num_threads()),
         ]
@@ -93,7 +91,7 @@ def main(checkpoint: str, documents_file: str, batch_tokens: str, dtype: str, th
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
     loaded = peak_resident_bytes()
     start = time.perf_counter()
-    memory = model.encode_memory(documents, tokenizer, batch_tokens=int(batch_tokens))
+    memory = model.encode_memory(documents, tokenizer, batch_tokens=int(batch_tokens) or None)
     report = {
         "tokens": int(memory.num_tokens),
         "seconds": time.perf_counter() - start,

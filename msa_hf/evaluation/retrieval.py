@@ -23,7 +23,6 @@ from msa_hf.evaluation.hotpotqa import HotpotQA
 from msa_hf.evaluation.metrics import Estimate
 from msa_hf.evaluation.sentence_encoder import SentenceEncoder, nearest
 from msa_hf.modeling.lexical import LexicalIndex
-from msa_hf.modeling.memory_encoding import CPU_BATCH_TOKENS
 from msa_hf.modeling.retrieval_msa import consensus, lexical_scores, rank
 
 RECALL_CUTS = (1, 4, 16)
@@ -77,7 +76,7 @@ def evaluate_retrieval(
     with_encoder: bool = True,
     cache_dir: str | Path | None = None,
     question_batch: int = 32,
-    batch_tokens: int = CPU_BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool = False,
 ) -> RetrievalReport:
     """Ranks the benchmark's documents with every system.
