@@ -199,7 +199,8 @@ def document_scores(
     if run := _overrides.get("document_scores"):
         return run(*arguments)
     scores = None
-    if not _differentiated(queries) and not unserved_routing(keys, head_reduction, query_reduction):
+    here = keys.device == queries.device  # else where the keys are, and in plain PyTorch
+    if here and not _differentiated(queries) and not unserved_routing(keys, head_reduction, query_reduction):
         scores = with_kernels(queries.device, lambda kernels: kernel_document_scores(kernels, *arguments))
     return plain_document_scores(*arguments) if scores is None else scores
 

@@ -30,7 +30,7 @@ def document_scores(
 ):
     batch, heads, tokens, head_dim = queries.shape
     groups = keys.width // head_dim
-    queries = keys.rotate(queries)
+    queries = keys.rotate(queries.to(keys.device))
     question_mask = question_mask.to(queries.device, torch.bool)
     if query_reduction == "last":
         last = (question_mask * torch.arange(1, tokens + 1, device=queries.device)).argmax(1)

@@ -46,6 +46,7 @@ from .modeling.calibration_files import Calibration, register_calibrations  # no
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
+from .store import MemoryStore  # noqa: E402
 
 __all__ = [
     "Calibration",
@@ -53,6 +54,7 @@ __all__ = [
     "MSAForCausalLM",
     "MSAModel",
     "MemoryBank",
+    "MemoryStore",
     "TurboQuantCache",
     "__version__",
 ]
