@@ -1,7 +1,7 @@
 """What is to be written: documents as they were given, checked before anything is done."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,8 @@ def drafts_of(
 
     Raises ValueError, naming field, rule and value, for what cannot be stored.
     """
-    if isinstance(documents, str):
-        raise ValueError("documents must be a list of texts; got one text")
+    if isinstance(documents, (str, bytes, Mapping)) or not isinstance(documents, Iterable):
+        raise ValueError(f"documents must be a list of texts; got {type(documents).__name__}")
     documents = list(documents)
     for name, values in (("ids", ids), ("metadata", metadata)):
         if values is not None and (isinstance(values, (str, Mapping)) or len(values) != len(documents)):
@@ -41,7 +41,7 @@ def drafts_of(
     drafts: list[Draft] = []
     known: dict[str, Draft] = {}
     for index, text in enumerate(documents):
-        _check_text(f"documents[{index}]", text)
+        check_text(f"documents[{index}]", text)
         own = digest(text)
         document = own.hex()[:24] if ids is None else check_name(f"ids[{index}]", ids[index])
         notes = {} if metadata is None else checked_metadata(index, metadata[index])
@@ -78,7 +78,8 @@ def checked_metadata(index: int, value: object) -> dict[str, Any]:
     return json.loads(stored)
 
 
-def _check_text(field: str, text: object) -> None:
+def check_text(field: str, text: object) -> None:
+    """Raises ValueError for anything that is no text, or cannot be written as UTF-8."""
     if not isinstance(text, str):
         raise ValueError(f"{field} must be a text; got {type(text).__name__}")
     try:

@@ -1,6 +1,7 @@
 """What can go wrong with a store, as typed errors, and the translation of SQLite's and the system's own."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,10 +56,29 @@ def translated(place: Path) -> Iterator[None]:
         raise StoreWriteError(f"{place} could not be read or written: {error}") from error
 
 
-def _of_sqlite(error: sqlite3.Error, place: Path) -> StoreError | MemoryFormatError:
+class Guard:
+    """The reentrant lock of a store's connection; SQLite's errors leave its block as those of this module."""
+
+    def __init__(self, place: Path):
+        self._place, self._lock = place, threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._lock.release()
+        if isinstance(error, sqlite3.Error):
+            raise _of_sqlite(error, self._place) from error
+
+
+def _of_sqlite(error: sqlite3.Error, place: Path) -> StoreError | MemoryFormatError | ValueError:
     code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
     primary = None if code is None else code & 0xFF
     message = str(error)
+    if "closed database" in message:
+        return StoreError(f"{place} was closed: open it again")
+    if "binding" in message and isinstance(error, (sqlite3.ProgrammingError, sqlite3.InterfaceError)):
+        return ValueError(f"ids and namespaces must be texts: {message}")
     if primary == _BUSY or "is locked" in message:
         return StoreLockedError(f"the database of {place} is in use by another process: {message}")
     refused = ("disk I/O", "is full", "readonly database", "unable to open")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..modeling.memory_bank import MemoryBank
 from ..modeling.retrieval_msa import FUSION_DEPTH, MODES
 from . import exchange, records, view
+from .drafts import check_text
 from .errors import HistoryError, StoreModelError, UnknownDocumentError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class StoreReader:
         Args:
             where: metadata that documents must have, as {name: value} or {name: [value, value]}.
         """
-        return self._store.bank_at(self.version, _names(namespaces), where)
+        return self._store.bank_at(self.version, _names(namespaces), _conditions(where))
 
     def get(self, id: str, namespace: str = DEFAULT_NAMESPACE) -> StoredDocument:
         """One document. Raises UnknownDocumentError if it is not there."""
@@ -113,6 +114,10 @@ class StoreReader:
         offset: int = 0,
     ) -> list[StoredDocument]:
         """Documents in the order of the bank, at most `limit`, after the first `offset`."""
+        for name, value in (("limit", limit or 0), ("offset", offset)):
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be at least 0; got {value!r}")
+        where = _conditions(where)
         with self._store.reads() as connection:
             found = view.visible(connection, self.version, _names(namespaces))
             if where:
@@ -122,6 +127,7 @@ class StoreReader:
 
     def count(self, namespaces: str | Sequence[str] = "*", where: Mapping[str, Any] | None = None) -> int:
         """How many documents there are."""
+        where = _conditions(where)
         with self._store.reads() as connection:
             found = view.visible(connection, self.version, _names(namespaces))
             return len(view.matching(connection, found, where) if where else found)
@@ -164,8 +170,9 @@ class StoreReader:
         """
         if not isinstance(query, str) or not query.strip():
             raise ValueError(f"query must be a text with at least one character; got {query!r}")
-        if k < 1:
-            raise ValueError(f"k must be at least 1; got {k}")
+        check_text("query", query)
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k must be at least 1; got {k!r}")
         if mode is not None and mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {mode!r}")
         bank, model = self.bank(namespaces, where), self._store.model
@@ -225,8 +232,18 @@ def _names(namespaces: str | Sequence[str]) -> tuple[str, ...] | None:
     """The namespaces to read, None for all. Raises ValueError for anything that is no name."""
     if namespaces == "*":
         return None
-    names = [namespaces] if isinstance(namespaces, str) else list(namespaces)
+    several = isinstance(namespaces, Iterable) and not isinstance(namespaces, str)
+    names = list(namespaces) if several else [namespaces]
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"namespaces must be names, or '*' for all; got {name!r}")
+        if not isinstance(name, str) or name in ("", "*"):
+            raise ValueError(f"namespaces must be names, or '*' alone for all; got {name!r}")
+        check_text("namespaces", name)
     return tuple(sorted(set(names)))
+
+
+def _conditions(where: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if where is None:
+        return {}
+    if not isinstance(where, Mapping) or not all(isinstance(name, str) for name in where):
+        raise ValueError(f"where must be values by names of metadata; got {where!r}")
+    return where

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from . import budget, database, exchange, maintenance, records, reencoding, segm
 from .coding import Coding, Provenance
 from .drafts import Draft, drafts_of
 from .errors import (
+    Guard,
     HistoryError,
     StoreError,
     StoreModelError,
@@ -53,7 +53,7 @@ class MemoryStore(StoreReader):
     ):
         self.path, self.coding, self.model, self.tokenizer = path, coding, model, tokenizer
         self._store, self._connection, self._writer, self._mark = self, connection, lock, mark
-        self._guard = threading.RLock()
+        self._guard = Guard(path)
         self._segments: dict[int, segments.Segment] = {}
         self._banks: dict[tuple, MemoryBank] = {}
         self._version = Journal(connection).newest()
@@ -543,4 +543,8 @@ def _mark(path: Path, connection: sqlite3.Connection) -> database.ReaderMark | N
 
 
 def _ids(ids: str | Sequence[str]) -> list[str]:
-    return list(dict.fromkeys([ids] if isinstance(ids, str) else ids))
+    names = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"ids must be texts; got {name!r}")
+    return list(dict.fromkeys(names))

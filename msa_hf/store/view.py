@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import RLock
 from typing import Any, overload
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..modeling.memory_bank import LayerMemory, MemoryBank, first_rows
 from ..modeling.memory_files import NAMES
 from . import records
 from .coding import FULL, Coding, Key
-from .errors import HistoryError, StoreModelError
+from .errors import Guard, HistoryError, StoreModelError
 from .lexical_view import LexicalView
 from .segments import Segment, rows_of
 from .vectors import SegmentedRows, Storage
@@ -48,7 +47,7 @@ class VisibleVersions:
 class StoredTexts(Sequence[str]):
     """The texts of a view, read from the database when they are asked for."""
 
-    def __init__(self, connection: sqlite3.Connection, lock: RLock, versions: np.ndarray):
+    def __init__(self, connection: sqlite3.Connection, lock: Guard, versions: np.ndarray):
         self._connection, self._lock, self._versions = connection, lock, versions
 
     def __len__(self) -> int:
@@ -82,7 +81,7 @@ class StoredTexts(Sequence[str]):
 class StoredNotes(Sequence[dict]):
     """{"id", "namespace", "title", "source"} of each document of a view, read when asked for."""
 
-    def __init__(self, connection: sqlite3.Connection, lock: RLock, versions: np.ndarray):
+    def __init__(self, connection: sqlite3.Connection, lock: Guard, versions: np.ndarray):
         self._connection, self._lock, self._versions = connection, lock, versions
 
     def __len__(self) -> int:
@@ -136,7 +135,7 @@ def matching(
 
 def build_bank(
     connection: sqlite3.Connection,
-    lock: RLock,
+    lock: Guard,
     versions: VisibleVersions,
     segments: Mapping[int, Segment],
     coding: Coding,
