@@ -57,9 +57,9 @@ def record_use(store: MemoryStore, ids: Sequence[str], namespace: str) -> None:
             if version is None:
                 raise UnknownDocumentError(f"no document {document!r} in namespace {namespace!r}")
         tiers = tiers_of(connection, used)
-    with database.transaction(store._connection):
+    with database.transaction(store.connection):
         for document in ids:
-            records.count_use(store._connection, namespace, document, time.time())
+            records.count_use(store.connection, namespace, document, time.time())
     reduced = [version for version, tier in zip(used, tiers) if tier != FULL]
     if reduced and store.model is not None:
         _restore(store, reduced)
@@ -126,7 +126,7 @@ def _retier(store: MemoryStore, versions: list[Version], tiers: np.ndarray, want
     with Rewriting(store) as rewriting:
         for (old, new), kept in sorted(groups.items()):
             rewriting.write(kept, tier=None if old == new else new)
-        with database.transaction(store._connection):
+        with database.transaction(store.connection):
             rewriting.record()
     store.committed(store.version)
 
@@ -139,6 +139,6 @@ def _restore(store: MemoryStore, versions: list[Version]) -> None:
     with Rewriting(store) as rewriting:
         number = rewriting.write([], segment)
         rewriting.place(versions, number)
-        with database.transaction(store._connection):
+        with database.transaction(store.connection):
             rewriting.record()
     store.committed(store.version)

@@ -69,10 +69,10 @@ def compact(store: MemoryStore, history: bool) -> None:
     with Rewriting(store) as rewriting:
         for kept in _portions(versions, files):
             rewriting.write(kept)
-        with database.transaction(store._connection):
+        with database.transaction(store.connection):
             rewriting.leave(sorted(files))
             rewriting.record()
-            database.put(store._connection, "erasing", True)
+            database.put(store.connection, "erasing", True)
     scrub(store)
     store.committed(store.version)
 
@@ -82,7 +82,7 @@ def scrub(store: MemoryStore) -> None:
 
     Raises StoreLockedError if readers do not let go of the old pages; the next writer tries again.
     """
-    connection = store._connection
+    connection = store.connection
     with database.transaction(connection):
         lexical_view.scrub(connection)
     connection.execute("VACUUM")
@@ -118,19 +118,19 @@ def _erase(store: MemoryStore, gone: list[Version], kind: str, proofs: Sequence[
             own = [version for version in kept if version.segment == number]
             if own:
                 rewriting.write(own)
-        with database.transaction(store._connection):
-            lexical_view.remove_texts(store._connection, texts)
-            version = Journal(store._connection).append(kind, died=sorted(lost & visible), root=True)
-            records.erase(store._connection, sorted(lost))
+        with database.transaction(store.connection):
+            lexical_view.remove_texts(store.connection, texts)
+            version = Journal(store.connection).append(kind, died=sorted(lost & visible), root=True)
+            records.erase(store.connection, sorted(lost))
             for version_row in {(own.namespace, own.document) for own in gone}:
-                records.forget_use(store._connection, *version_row)
+                records.forget_use(store.connection, *version_row)
             for proof in proofs:
-                records.add_tombstone(store._connection, proof, time.time())
+                records.add_tombstone(store.connection, proof, time.time())
             rewriting.leave(numbers)
             rewriting.record()
-            database.put(store._connection, "erasing", True)
+            database.put(store.connection, "erasing", True)
             if kind == "compact":
-                database.put(store._connection, "oldest", version)
+                database.put(store.connection, "oldest", version)
     store.committed(version)
 
 

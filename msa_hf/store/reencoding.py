@@ -32,13 +32,13 @@ def reencode(store: MemoryStore, model, tokenizer, model_path: str | None, progr
                 segment = encoded(store, texts, [own.id for own in portion], progress=progress)
                 rewriting.place(portion, rewriting.write([], segment))
                 tokens |= dict(zip((own.id for own in portion), segment.token_counts.tolist()))
-            with database.transaction(store._connection):
+            with database.transaction(store.connection):
                 rewriting.leave(sorted(files))
                 rewriting.record()
-                records.count_tokens(store._connection, tokens)
+                records.count_tokens(store.connection, tokens)
                 values = {"provenance": provenance.to_json(), "coding": store.coding.to_bytes()}
                 for name, value in {**values, "model": model_path}.items():
-                    database.put(store._connection, name, value)
+                    database.put(store.connection, name, value)
     except BaseException:
         store.coding, store.model, store.tokenizer = before
         raise

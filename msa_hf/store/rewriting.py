@@ -83,7 +83,7 @@ class Rewriting:
 
     def record(self) -> None:
         """Tells the database, in the caller's transaction, about the new segments and who moved there."""
-        connection = self.store._connection
+        connection = self.store.connection
         for number, file in self._files:
             records.insert_segment(connection, number, file)
         records.move(connection, self.moved)

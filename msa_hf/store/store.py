@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..modeling.errors import MemoryFormatError, MemoryMismatchError
 from ..modeling.memory_bank import MemoryBank
-from . import budget, database, exchange, maintenance, records, reencoding, segments, verification, view
+from . import budget, database, exchange, maintenance, records, segments, verification, view
 from .coding import Coding, Provenance
-from .drafts import Draft, drafts_of
 from .errors import (
     Guard,
     HistoryError,
     StoreError,
     StoreModelError,
-    UnknownDocumentError,
     translated,
 )
 from .journal import Commit, Journal
 from .provenance import coding_of, provenance_of
 from .reader import DEFAULT_NAMESPACE, Snapshot, StoreReader
-from .rewriting import encoded
-from .writing import store_drafts
+from .writer import StoreWriter
 
 READ_TRIES = 5  # of a reader that meets a compaction
 
 
-class MemoryStore(StoreReader):
+class MemoryStore(StoreReader, StoreWriter):
     """A folder with a memory in it: documents, their history, and the vectors that a model reads.
 
     One object writes at a time; any number of readers, in any process, see the state of the commit that they
@@ -52,8 +49,8 @@ class MemoryStore(StoreReader):
         tokenizer=None,
     ):
         self.path, self.coding, self.model, self.tokenizer = path, coding, model, tokenizer
-        self._store, self._connection, self._writer, self._mark = self, connection, lock, mark
-        self._guard = Guard(path)
+        self._store, self.connection, self._writer, self._mark = self, connection, lock, mark
+        self.guard = Guard(path)
         self._segments: dict[int, segments.Segment] = {}
         self._banks: dict[tuple, MemoryBank] = {}
         self._version = Journal(connection).newest()
@@ -167,7 +164,7 @@ class MemoryStore(StoreReader):
 
     def close(self) -> None:
         """Releases the store for other writers. Banks of it keep their vectors, but not their texts."""
-        self._connection.close()
+        self.connection.close()
         for held in (self._writer, self._mark):
             if held is not None:
                 held.release()
@@ -203,12 +200,12 @@ class MemoryStore(StoreReader):
 
     def refresh(self) -> int:
         """Goes to the newest commit, and returns its number."""
-        with self._guard, translated(self.path):
+        with self.guard, translated(self.path):
             if self._mark is not None:
-                mark = _mark(self.path, self._connection)
+                mark = _mark(self.path, self.connection)
                 self._mark.release()
                 self._mark = mark
-            newest = Journal(self._connection).newest()
+            newest = Journal(self.connection).newest()
             if newest != self._version:
                 self.committed(newest)
         return newest
@@ -232,7 +229,7 @@ class MemoryStore(StoreReader):
     ) -> MemoryBank:
         """The bank of a state; see `StoreReader.bank`."""
         key = (version, namespaces, repr(sorted(where.items())) if where else None)
-        with self._guard:
+        with self.guard:
             if key not in self._banks:
                 bank = self._read_bank(version, namespaces, where)
                 self._banks = dict(list(self._banks.items())[-7:]) | {key: bank}
@@ -265,17 +262,17 @@ class MemoryStore(StoreReader):
 
         notes = {} if self.model_path is None else {"model": self.model_path}
         return view.build_bank(
-            self._connection, self._guard, found, opened, self.coding, notes, self.tokenizer, encode
+            self.connection, self.guard, found, opened, self.coding, notes, self.tokenizer, encode
         )
 
     def segment(
         self, number: int, files: Mapping[int, segments.SegmentFile] | None = None
     ) -> segments.Segment:
         """An open segment, memory-mapped once."""
-        with self._guard:
+        with self.guard:
             if number not in self._segments:
                 if files is None:
-                    files = records.segment_files(self._connection, [number])
+                    files = records.segment_files(self.connection, [number])
                 if number not in files:
                     raise MemoryFormatError(f"the store's database is damaged: segment {number} is unknown")
                 self._segments[number] = segments.read(self.path, files[number], self.coding)
@@ -283,95 +280,15 @@ class MemoryStore(StoreReader):
 
     def drop_segments(self, numbers: Sequence[int]) -> None:
         """Forgets open segments that the store no longer has."""
-        with self._guard:
+        with self.guard:
             for number in numbers:
                 self._segments.pop(number, None)
 
     @contextmanager
     def reads(self) -> Iterator[sqlite3.Connection]:
         """The database, for statements that see one state of it."""
-        with self._guard, translated(self.path), database.reading(self._connection):
-            yield self._connection
-
-    # Writing
-
-    def add(
-        self,
-        documents: Sequence[str],
-        ids: Sequence[str] | None = None,
-        namespace: str = DEFAULT_NAMESPACE,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        if_exists: str = "error",
-        batch_tokens: int | None = None,
-        progress: bool = False,
-    ) -> list[str]:
-        """Adds documents in one commit, and returns their ids.
-
-        Adding what is there already, with the same id, text and metadata, changes nothing.
-
-        Args:
-            documents: texts. ids: their names; by default the first 24 hex digits of their SHA-256.
-            metadata: a JSON object per document. "title" and "source" are shown with answers.
-            if_exists: what happens to an id with another content: "error", "update" it, or "keep" the old.
-            batch_tokens, progress: of `encode_memory`.
-
-        Raises:
-            ValueError: texts, ids or metadata that cannot be stored. DocumentExistsError: see `if_exists`.
-            StoreModelError: the store was opened without its model. StoreWriteError: the disk refused.
-        """
-        drafts = drafts_of(documents, ids, namespace, metadata)
-
-        def vectors(new: list[Draft], numbers: list[int]) -> segments.Segment:
-            return encoded(self, [draft.text for draft in new], numbers, batch_tokens, progress)
-
-        with self.writes():
-            store_drafts(self, drafts, if_exists, vectors)
-        return [draft.document for draft in drafts]
-
-    def update(
-        self,
-        id: str,
-        text: str,
-        namespace: str = DEFAULT_NAMESPACE,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Replaces a document's text; its metadata, too, where given.
-
-        Raises UnknownDocumentError if it is not there, and what `add` raises.
-        """
-        known = self.get(id, namespace).metadata
-        self.add([text], [id], namespace, [known if metadata is None else metadata], if_exists="update")
-
-    def delete(self, ids: str | Sequence[str], namespace: str = DEFAULT_NAMESPACE) -> None:
-        """Removes documents from the memory. `undo` brings them back; `forget` erases them.
-
-        Raises UnknownDocumentError, removing none, if one of them is not there.
-        """
-        with self.writes() as connection:
-            died = [self._known(connection, id, namespace).id for id in _ids(ids)]
-            if died:
-                self._change(lambda journal: journal.append("delete", died=died))
-
-    def undo(self, steps: int = 1) -> int:
-        """Takes back the last changes; the new version. Raises HistoryError if there are fewer."""
-        return self._step("undo", steps)
-
-    def redo(self, steps: int = 1) -> int:
-        """Takes back the last undos; the new version. Raises HistoryError if there are fewer."""
-        return self._step("redo", steps)
-
-    def forget(self, ids: str | Sequence[str], namespace: str = DEFAULT_NAMESPACE) -> None:
-        """Erases documents with all their history: texts, words and vectors leave every file of the store.
-
-        What is left is a hash that proves it, see `was_forgotten`. Earlier changes cannot be undone any more.
-
-        Raises:
-            UnknownDocumentError: nothing is known of one of them; none is erased.
-            StoreLockedError: a reader is at work; the documents are gone, `scrub()` finishes the erasure.
-        """
-        with self.writes():
-            maintenance.forget(self, _ids(ids), namespace)
+        with self.guard, translated(self.path), database.reading(self.connection):
+            yield self.connection
 
     def was_forgotten(self, id: str, namespace: str = DEFAULT_NAMESPACE) -> bool:
         """Whether a document of this name was erased."""
@@ -379,84 +296,9 @@ class MemoryStore(StoreReader):
             proof = maintenance.tombstone(database.read(connection, "salt"), namespace, id)
             return records.has_tombstone(connection, proof)
 
-    def record_use(self, ids: str | Sequence[str], namespace: str = DEFAULT_NAMESPACE) -> None:
-        """Counts a use of documents. What is used keeps, or gets back, its precision under a budget.
-
-        Raises UnknownDocumentError, counting none, if one of them is not there.
-        """
-        with self.writes():
-            budget.record_use(self, _ids(ids), namespace)
-
-    def set_budget(self, budget_bytes: int | None) -> None:
-        """Another budget of vectors in bytes, or None. Raises ValueError for anything else."""
-        budget.check_budget(budget_bytes)
-        with self.writes() as connection:
-            with database.transaction(connection):
-                database.put(connection, "budget_bytes", budget_bytes)
-            budget.enforce(self)
-
-    def scrub(self) -> None:
-        """Finishes an erasure: the database's own files hold nothing of what was deleted."""
-        with self.writes():
-            maintenance.scrub(self)
-
-    def add_bank(
-        self,
-        bank: MemoryBank,
-        ids: Sequence[str] | None = None,
-        namespace: str = DEFAULT_NAMESPACE,
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        if_exists: str = "error",
-    ) -> list[str]:
-        """Adds the documents of a dense bank that the store's model has encoded; see `add`.
-
-        Raises MemoryMismatchError if another model made it, ValueError if it is packed, and what `add` does.
-        """
-        drafts = drafts_of(list(bank.documents), ids, namespace, metadata)
-        with self.writes():
-            store_drafts(self, drafts, if_exists, exchange.vectors_of_bank(self, bank, drafts))
-        return [draft.document for draft in drafts]
-
-    def import_from(
-        self, folder: str | Path, namespace: str | None = None, *, if_exists: str = "error"
-    ) -> list[str]:
-        """Adds the documents of an export in one commit, and returns their ids.
-
-        Vectors of an export of the same provenance are taken as they are; else texts are encoded.
-
-        Args:
-            namespace: for all of them; by default each keeps its own. if_exists: see `add`.
-
-        Raises FileNotFoundError, MemoryFormatError (damaged; nothing is added), and what `add` raises.
-        """
-        export = exchange.Export(folder)
-        drafts = export.drafts(namespace)
-        with self.writes():
-            store_drafts(self, drafts, if_exists, exchange.vectors_of_export(self, export, drafts))
-        return [draft.document for draft in drafts]
-
-    def reencode(self, model, tokenizer, *, model_path: str | None = None, progress: bool = False) -> None:
-        """Makes the store one of another model: encodes all texts, those of the history, too.
-
-        The old vectors stay until all new ones are on the disk. Readers must open the store again.
-        """
-        with self.writes():
-            reencoding.reencode(self, model, tokenizer, model_path, progress)
-
-    def compact(self, history: bool = True) -> None:
-        """Puts the vectors into few segments in order, and gives back space that nothing needs.
-
-        Args:
-            history: keep what undo and earlier versions need. Without it only what is visible now, or to
-                a reader that is open, stays.
-        """
-        with self.writes():
-            maintenance.compact(self, history)
-
     def verify(self) -> list[str]:
         """Checks all bytes against their checksums, and that all parts fit. What is wrong, as sentences."""
-        with self._guard:
+        with self.guard:
             return verification.verify(self)
 
     def stats(self) -> dict[str, Any]:
@@ -464,15 +306,15 @@ class MemoryStore(StoreReader):
         with self.reads():
             return verification.stats(self)
 
-    # What writing needs
+    # What the modules of this package use
 
     @contextmanager
     def writes(self) -> Iterator[sqlite3.Connection]:
         """The database, for one method that may commit."""
         if self._writer is None:
             raise StoreError(f"{self.path} was opened with read_only=True: open it for writing")
-        with self._guard, translated(self.path):
-            yield self._connection
+        with self.guard, translated(self.path):
+            yield self.connection
 
     def encode(
         self, texts: list[str], numbers: list[int], batch_tokens: int | None = None, progress: bool = False
@@ -490,24 +332,6 @@ class MemoryStore(StoreReader):
         """Takes note of a commit that is now read."""
         self._version = version
         self._banks.clear()
-
-    def _change(self, change) -> int:
-        with database.transaction(self._connection):
-            version = change(Journal(self._connection))
-        self.committed(version)
-        return version
-
-    def _step(self, kind: str, steps: int) -> int:
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps must be at least 1; got {steps!r}")
-        with self.writes():
-            return self._change(lambda journal: getattr(journal, kind)(steps))
-
-    def _known(self, connection: sqlite3.Connection, id: str, namespace: str) -> records.Version:
-        found = records.find(connection, self._version, namespace, id)
-        if found is None:
-            raise UnknownDocumentError(f"no document {id!r} in namespace {namespace!r}")
-        return found
 
 
 def check_model(provenance: Provenance, model, tokenizer) -> None:
@@ -540,11 +364,3 @@ def _mark(path: Path, connection: sqlite3.Connection) -> database.ReaderMark | N
         if mark is None or journal.newest() == newest:
             return mark
         mark.release()
-
-
-def _ids(ids: str | Sequence[str]) -> list[str]:
-    names = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else [ids]
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"ids must be texts; got {name!r}")
-    return list(dict.fromkeys(names))

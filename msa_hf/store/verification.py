@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def verify(store: MemoryStore) -> list[str]:
     """See `MemoryStore.verify`."""
     problems: list[str] = []
-    connection = store._connection
+    connection = store.connection
     for check in (_check_pages, _check_words, _check_journal, _check_versions):
         try:
             problems += check(connection)
@@ -38,7 +38,7 @@ def verify(store: MemoryStore) -> list[str]:
 
 def stats(store: MemoryStore) -> dict[str, Any]:
     """See `MemoryStore.stats`."""
-    connection = store._connection
+    connection = store.connection
     files = records.segment_files(connection)
     now = view.visible(connection, store.version, None)
     tiers = {number: file.tier for number, file in files.items()}
@@ -122,7 +122,7 @@ def _check_segment(store: MemoryStore, number: int, file: segments.SegmentFile) 
         if bytes.fromhex(file_sha256(store.path / database.SEGMENTS / file.name)) != file.sha256:
             return [f"{where}: damaged, its SHA-256 differs"]
         held = segment.token_counts.tolist()
-        rows = records.in_segments(store._connection, [number])
+        rows = records.in_segments(store.connection, [number])
         if any(not 0 <= own.position < len(held) or held[own.position] != own.tokens for own in rows):
             return [f"{where}: does not hold the documents that the database says"]
     except (MemoryFormatError, OSError, TypeError) as error:

@@ -71,7 +71,7 @@ def _commit(store: MemoryStore, kind: str, drafts: list[Draft], died: list[int],
             if version is not None:
                 where = rewriting.moved.get(version.id, (version.segment, version.position))
                 places[index] = (*where, version.tokens)
-        with database.transaction(store._connection):
+        with database.transaction(store.connection):
             rewriting.record()
             for index, draft in enumerate(drafts):
                 segment_number, position, tokens = places[index]
@@ -84,10 +84,10 @@ def _commit(store: MemoryStore, kind: str, drafts: list[Draft], died: list[int],
                     segment_number,
                     position,
                 )
-                records.insert(store._connection, own, draft.text, draft.metadata)
+                records.insert(store.connection, own, draft.text, draft.metadata)
             texts = zip(ids, (draft.text for draft in drafts))
-            lexical_view.add_texts(store._connection, texts)
-            version = Journal(store._connection).append(kind, list(ids), died)
+            lexical_view.add_texts(store.connection, texts)
+            version = Journal(store.connection).append(kind, list(ids), died)
     store.committed(version)
 
 
