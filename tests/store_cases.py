@@ -1,12 +1,12 @@
 """For tests of MemoryStore: a store as plain dicts, banks encoded afresh, and a search for bytes."""
 
 import json
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-import pytest
 import torch
 from tiny_models import DOCUMENTS, MEMORY
 
@@ -15,6 +15,7 @@ from msa_hf.modeling.packed_vectors import PackedRows
 from msa_hf.modeling.retrieval_msa import MODES
 from msa_hf.store import MemoryStore
 
+LONGEST = 120  # seconds
 QUESTION = "Which city lies on the Seine, and what spoils?"
 # One chunk and many, titles that other texts mention, scripts, accents, an empty text, and equal words.
 TEXTS = [
@@ -233,8 +234,17 @@ def vector_bytes(store: MemoryStore, id: str, namespace: str = "default") -> dic
     return found
 
 
-@pytest.fixture
-def store(tmp_path, tiny, tiny_tokenizer):
-    """A store that is open for writing, with nothing in it."""
-    with MemoryStore.create(tmp_path / "store", tiny, tiny_tokenizer) as store:
-        yield store
+def in_process(target, *arguments):
+    """(process, pipe) of a forked process that runs `target(pipe, *arguments)`."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def received(pipe):
+    """What the other process sends; the limit only ends a test that hangs."""
+    assert pipe.poll(LONGEST), "the other process does not answer"
+    return pipe.recv()
