@@ -130,6 +130,9 @@ class RowCoder:
         return states if means is None else states + means
 
     def to(self, device: torch.device | str) -> "RowCoder":
+        held = [fitted.device for fitted in (self.means, self.gains) if fitted is not None]
+        if all(own == torch.device(device) for own in held):
+            return self
         moved = (None if fitted is None else fitted.to(device) for fitted in (self.means, self.gains))
         return RowCoder(self.packing, self.heads, self.dim, *moved)
 

@@ -90,7 +90,7 @@ class MemoryStore(StoreReader, StoreWriter):
         """The files of a new store, and the object that writes them."""
         path = _empty_folder(path)
         with translated(path):
-            (path / database.SEGMENTS).mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
             lock = database.WriterLock(path)
             values = {
                 "written_by": database.written_by(),
@@ -101,9 +101,11 @@ class MemoryStore(StoreReader, StoreWriter):
                 "salt": database.salt(),
             }
             try:
+                (path / database.SEGMENTS).mkdir()
                 connection = database.create(path, values)
                 segments.sync_folder(path)
             except BaseException:
+                database.remove_unfinished(path)
                 lock.release()
                 raise
         return cls(path, connection, coding, lock, None, model, tokenizer)
@@ -261,9 +263,10 @@ class MemoryStore(StoreReader, StoreWriter):
                 return self.coding.pack(self.encode(texts, numbers))
 
         notes = {} if self.model_path is None else {"model": self.model_path}
-        return view.build_bank(
+        bank = view.build_bank(
             self.connection, self.guard, found, opened, self.coding, notes, self.tokenizer, encode
         )
+        return bank if self.model is None else bank.to(self.model.device)
 
     def segment(
         self, number: int, files: Mapping[int, segments.SegmentFile] | None = None

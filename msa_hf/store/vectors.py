@@ -90,17 +90,25 @@ class SegmentedRows:
         return self._read(rows.cpu(), "slice")
 
     def to(self, device: torch.device | str) -> "SegmentedRows | Storage":
-        """Itself on the CPU; elsewhere all rows in one storage there."""
-        return self if torch.device(device).type == "cpu" else self.joined().to(device)
+        """All rows in one storage on another device; itself on the CPU, and if they are coded differently."""
+        if torch.device(device).type == "cpu" or not self.is_uniform:
+            return self
+        return self.joined().to(device)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows are stored, and coded in one way."""
+        held = [self._storages[source] for source in self._sources.unique().tolist()]
+        return None not in held and len({storage.kind for storage in held}) <= 1
 
     def joined(self) -> Storage:
         """All rows in one storage in RAM, with the bytes that they have.
 
         Raises ValueError if they are coded in different ways.
         """
-        parts = list(self._gathered(torch.arange(len(self))))
-        if len(parts) > 1 or any(storage is None for _, storage in parts):
+        if not self.is_uniform:
             raise ValueError("these documents are stored in different numbers of bits and cannot be joined")
+        parts = list(self._gathered(torch.arange(len(self))))
         return parts[0][1] if parts else self._like.gathered([])
 
     def settings(self) -> dict | None:
