@@ -137,6 +137,7 @@ def default_batch_tokens(device: torch.device) -> int:
     return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
+@torch.no_grad()
 def typical_means(model, tokenizer) -> dict[tuple[int, str], torch.Tensor]:
     """Mean pooled keys and values [G, D] float32 of texts of many kinds, by (layer, "keys" or "values").
 
@@ -235,6 +236,7 @@ def _encode_batch(model, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+@torch.no_grad()
 def encode_head(model, tokenizer) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """K and V [G, tokens, D] of the template head in every layer; empty where the format has none."""
     text = template_head(model.config.prompt_format)
