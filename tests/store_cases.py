@@ -176,7 +176,9 @@ def assert_same_bank(bank, fresh, model, tokenizer, questions=(QUESTION,), gener
         for name in NAMES:
             ours, wanted = getattr(bank.layers[layer], name), getattr(memory, name)
             assert len(ours) == len(wanted) and ours.dtype == wanted.dtype
-            assert torch.equal(ours.slice(0, len(ours)), wanted.slice(0, len(wanted))), (layer, name)
+            vectors = ours.slice(0, len(ours))
+            assert torch.equal(vectors, wanted.slice(0, len(wanted))), (layer, name)
+            assert not vectors.requires_grad
     for layer, pair in fresh.head.items():
         assert all(torch.equal(mine, own) for mine, own in zip(bank.head[layer], pair))
     questions = list(questions)
