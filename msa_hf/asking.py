@@ -1,10 +1,16 @@
 """Questions to a memory, answered with the passages that were read and how they were found."""
 
+import logging
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from .modeling.memory_bank import MemoryBank
+from .store import MemoryStore, StoreError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -12,7 +18,8 @@ class Source:
     """A passage that an answer was given from.
 
     Attributes:
-        document: its number in the memory; id, title, source: as it was ingested, empty if that is unknown.
+        document: its number in the memory; id, namespace, title, source: as it was ingested, empty if that is
+            unknown. Only the documents of a store have a namespace.
         round, rank: round of retrieval that found it, and its place among what this round found.
         router_rank, router_score: its rank among all documents, and consensus, by the routers alone.
         score: what it was ranked by; lexical: its BM25 score, if words were looked at and shared.
@@ -20,6 +27,7 @@ class Source:
 
     document: int
     id: str
+    namespace: str
     title: str
     source: str
     round: int
@@ -59,8 +67,9 @@ def ask(
     rounds: int | None = None,
     mode: str | None = None,
     max_new_tokens: int = 32,
+    earlier: Sequence[tuple[str, str]] = (),
 ) -> Reply:
-    """Answers one question from `memory`.
+    """Answers one question from `memory`, a bank or that of a store: `store.bank()`.
 
     Args:
         retrieval: see `generate`.
@@ -68,6 +77,8 @@ def ask(
         rounds: rounds of retrieval at most, of "router" and "generative".
         mode: what ranks documents for "router": "fused", "router" or "lexical". By default the model's own
             choice, but "lexical" while its routers are untrained, whose ranking would only add noise.
+        earlier: questions with their answers that this question refers to, oldest first. They route with it
+            and stand before it in the prompt.
 
     Raises:
         ValueError: an empty question, or an option that `generate` refuses.
@@ -85,7 +96,9 @@ def ask(
         options["top_k_documents"] = k
     if retrieval != "attention" and rounds is not None:
         options["max_rounds"] = rounds
-    inputs = tokenizer(question, return_tensors="pt", add_special_tokens=False).to(model.device)
+    inputs = tokenizer(with_earlier(question, earlier), return_tensors="pt", add_special_tokens=False).to(
+        model.device
+    )
     start = time.perf_counter()
     output = model.generate(
         **inputs,
@@ -107,6 +120,35 @@ def ask(
     return Reply(question, output.answers[0].strip(), sources, retrieval, trained, seconds)
 
 
+def with_earlier(question: str, earlier: Sequence[tuple[str, str]]) -> str:
+    """A question after those that it refers to, as prompts write them; they put "Question: " before it."""
+    asked = [*(question for question, _ in earlier), question]
+    answers = [answer for _, answer in earlier]
+    return asked[0] + "".join(
+        f"\nAnswer: {answer}\n\nQuestion: {following}" for answer, following in zip(answers, asked[1:])
+    )
+
+
+def note_use(store: str | Path, sources: Iterable[Source], model=None, tokenizer=None) -> None:
+    """Counts the sources of an answer as used, for their store's budget; not while another writer has it.
+
+    Args:
+        store: its folder, which is opened for writing and closed again. model, tokenizer: give back their
+            precision to documents that had lost it.
+    """
+    used: dict[str, list[str]] = {}
+    for source in sources:
+        used.setdefault(source.namespace, []).append(source.id)
+    if not used:
+        return
+    try:
+        with MemoryStore.open(store, model, tokenizer) as opened:
+            for namespace, ids in used.items():
+                opened.record_use(ids, namespace)
+    except StoreError as error:
+        logger.info("the use of %d documents was not counted: %s", sum(map(len, used.values())), error)
+
+
 def _source(memory: MemoryBank, document, number: int, rank: int) -> Source:
     text = memory.documents[document.id]
     kept = memory.metadata.get("documents") or []
@@ -114,6 +156,7 @@ def _source(memory: MemoryBank, document, number: int, rank: int) -> Source:
     return Source(
         document=document.id,
         id=known.get("id", ""),
+        namespace=known.get("namespace", ""),
         title=known.get("title") or text.split("\n", 1)[0][:100],
         source=known.get("source", ""),
         round=number,

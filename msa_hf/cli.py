@@ -1,4 +1,4 @@
-"""The msa-hf command: convert, ingest, ask, train-router, calibrate-cache, eval.
+"""The msa-hf command: convert, ingest, ask, train-router, calibrate-cache, eval, and those of `store_cli`.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 an error with one
 line that says what to do, 2 wrong usage, 130 interrupted.
@@ -10,9 +10,20 @@ import os
 import sys
 
 from . import __version__, commands
+from .arguments import (
+    DTYPES,
+    add_batch_tokens,
+    add_loading,
+    add_store_settings,
+    command,
+    examples,
+    integers,
+    names,
+    positive,
+)
 from .modeling.errors import MSAError
+from .store_cli import add_reading, add_store_commands
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SUITES = {
     "retrieval": "recall of routers, BM25, both fused, and a sentence encoder",
     "answers": "exact match and F1: closed book, from memory, with the gold paragraphs given",
@@ -63,10 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="msa-hf",
         description="Give a language model a memory of documents and ask it questions.",
-        epilog=_examples(
+        epilog=examples(
             "msa-hf convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-msa",
             "msa-hf ingest ./smol-msa ./docs --out ./library",
             'msa-hf ask ./library "Which court heard the case?"',
+            "msa-hf ingest ./smol-msa ./docs --store ./store       # a memory that can be edited",
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -74,11 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_calibrate_cache, _add_eval):
         add(subparsers)
+    add_store_commands(subparsers)
     return parser
 
 
 def _add_convert(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "convert",
         "make an MSA checkpoint from a Llama, Mistral, Qwen2 or Qwen3 model",
@@ -93,52 +106,61 @@ def _add_convert(subparsers) -> None:
     parser.add_argument(
         "--routers", metavar="ADAPTER", help="router adapter to merge: a folder, one shipped, or none"
     )
-    parser.add_argument("--router-layers", type=_integers, metavar="N,N", help="layers that route")
+    parser.add_argument("--router-layers", type=integers, metavar="N,N", help="layers that route")
     for name, what in (
         ("chunk-size", "tokens of a chunk of keys and values"),
         ("router-chunk-size", "tokens of a chunk of router keys"),
         ("top-k", "documents selected per layer"),
     ):
-        parser.add_argument(f"--{name}", type=_positive, metavar="N", help=what)
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the weights written")
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=what)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights written")
     parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
     parser.set_defaults(run=commands.convert)
 
 
 def _add_ingest(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "ingest",
-        "encode files and folders into a memory",
-        "Reads .txt .md .html .pdf .jsonl and source code; long documents are split at natural boundaries.",
+        "encode files and folders into a memory or a store",
+        "Reads .txt .md .html .pdf .jsonl and source code; long documents are split at natural boundaries.\n"
+        "--out makes a memory anew. --store adds to a store, which can be edited: what is there already\n"
+        "costs nothing, what has changed is updated, and after an interruption the same command goes on.",
         "msa-hf ingest ./smol-msa ./docs report.pdf --out ./library",
         "msa-hf ingest ./smol-msa ./docs --out ./library --resume     # go on after an interruption",
+        "msa-hf ingest ./smol-msa ./docs --store ./store --namespace manuals --budget-bytes 500MB",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
     parser.add_argument("paths", metavar="PATH", nargs="+", help="files and folders")
-    parser.add_argument("--out", metavar="MEMORY", required=True, help="folder to make, or memory to replace")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--out", metavar="MEMORY", help="folder to make, or memory to replace")
+    place.add_argument("--store", metavar="STORE", help="store to add to; made if it is not there")
+    parser.add_argument("--namespace", metavar="NAME", help='of the store, default "default"')
     parser.add_argument(
-        "--max-tokens", type=_positive, default=256, metavar="N", help="per piece, default 256"
+        "--max-tokens", type=positive, default=256, metavar="N", help="per piece, default 256"
     )
-    _add_batch_tokens(parser)
-    parser.add_argument("--resume", action="store_true", help="use what an interrupted ingest has encoded")
+    add_batch_tokens(parser)
+    parser.add_argument("--resume", action="store_true", help="use what an interrupted --out has encoded")
     parser.add_argument("--keep-going", action="store_true", help="warn about unreadable files and go on")
-    _add_loading(parser)
+    add_store_settings(parser)
+    add_loading(parser)
     parser.set_defaults(run=commands.ingest)
 
 
 def _add_ask(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "ask",
-        "ask a memory questions",
+        "ask a memory or a store questions",
         "Prints the answer and the passages that it was given from. Without a question, asks for\n"
-        "questions in a terminal, or reads one per line from standard input.",
+        "questions in a terminal, or reads one per line from standard input. With --follow, questions\n"
+        "and answers are remembered in the store under that name: later ones may refer to them.",
         'msa-hf ask ./library "Which court heard the case?"',
         'msa-hf ask ./library "Who wrote it?" --k 6 --rounds 3 --json',
         "msa-hf ask ./library < questions.txt",
+        'msa-hf ask ./store "Who wrote the first program?" "And where was she born?" --follow ada',
     )
-    parser.add_argument("memory", metavar="MEMORY", help="folder made by ingest")
+    parser.add_argument("memory", metavar="MEMORY", help="folder made by ingest, with --out or --store")
     parser.add_argument("questions", metavar="QUESTION", nargs="*", help="in quotes")
     parser.add_argument("--model", help="folder of the model; default: the one that made the memory")
     parser.add_argument("--retrieval", choices=["auto", "attention", "router", "generative"], default="auto")
@@ -147,15 +169,19 @@ def _add_ask(subparsers) -> None:
         choices=["fused", "router", "lexical"],
         help="what ranks documents: routers and BM25, routers alone, BM25 alone (default: as the model says)",
     )
-    parser.add_argument("--k", type=_positive, metavar="N", help="documents to read at most")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="rounds of retrieval at most")
-    parser.add_argument("--max-new-tokens", type=_positive, default=32, metavar="N", help="default 32")
-    _add_loading(parser)
+    parser.add_argument("--k", type=positive, metavar="N", help="documents to read at most")
+    parser.add_argument("--rounds", type=positive, metavar="N", help="rounds of retrieval at most")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="default 32")
+    parser.add_argument(
+        "--follow", metavar="NAME", help="of a store: a conversation to begin or to go on with"
+    )
+    add_reading(parser)
+    add_loading(parser)
     parser.set_defaults(run=commands.ask)
 
 
 def _add_train_router(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "train-router",
         "train the routers of a converted model",
@@ -171,28 +197,28 @@ def _add_train_router(subparsers) -> None:
     parser.add_argument("pairs", metavar="PAIRS", help='JSON lines, or "hotpotqa"')
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder of the adapter and its log")
     parser.add_argument("--features", metavar="FOLDER", help="keeps the backbone's states for later runs")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="use the first N pairs only")
+    parser.add_argument("--limit", type=positive, metavar="N", help="use the first N pairs only")
     for name, kind, what in (
-        ("steps", _positive, "optimiser steps per layer"),
-        ("batch-size", _positive, "questions per step"),
+        ("steps", positive, "optimiser steps per layer"),
+        ("batch-size", positive, "questions per step"),
         ("learning-rate", float, "peak learning rate"),
         ("temperature", float, "of the contrastive loss"),
         ("hard-negatives", int, "per question and step"),
-        ("held-out", _positive, "questions kept for evaluation"),
-        ("eval-every", _positive, "steps between evaluations"),
-        ("patience", _positive, "evaluations without progress before stopping"),
+        ("held-out", positive, "questions kept for evaluation"),
+        ("eval-every", positive, "steps between evaluations"),
+        ("patience", positive, "evaluations without progress before stopping"),
         ("seed", int, "of everything random"),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
-    parser.add_argument("--lora-rank", type=_positive, metavar="N", help="then train LoRA on attention, too")
-    parser.add_argument("--lora-steps", type=_positive, metavar="N", help="optimiser steps of that")
-    _add_batch_tokens(parser)
-    _add_loading(parser)
+    parser.add_argument("--lora-rank", type=positive, metavar="N", help="then train LoRA on attention, too")
+    parser.add_argument("--lora-steps", type=positive, metavar="N", help="optimiser steps of that")
+    add_batch_tokens(parser)
+    add_loading(parser)
     parser.set_defaults(run=commands.train_router)
 
 
 def _add_calibrate_cache(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "calibrate-cache",
         "find where a quantised key/value cache of a model needs its bits",
@@ -215,12 +241,12 @@ def _add_calibrate_cache(subparsers) -> None:
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder of the calibration")
     parser.add_argument("--no-transforms", action="store_true", help="bits alone: one small JSON file")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")
-    _add_loading(parser)
+    add_loading(parser)
     parser.set_defaults(run=commands.calibrate_cache)
 
 
 def _add_eval(subparsers) -> None:
-    parser = _command(
+    parser = command(
         subparsers,
         "eval",
         "measure retrieval, answers or cost on HotpotQA, or quantised caches",
@@ -235,10 +261,10 @@ def _add_eval(subparsers) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a converted model; cache: of any, or a packaged one"
     )
-    parser.add_argument("--questions", type=_positive, metavar="N", help="use the first N questions")
+    parser.add_argument("--questions", type=positive, metavar="N", help="use the first N questions")
     parser.add_argument(
         "--memory-questions",
-        type=_positive,
+        type=positive,
         default=1000,
         metavar="N",
         help="questions whose paragraphs are the memory (default 1000: the standing benchmark)",
@@ -250,8 +276,8 @@ def _add_eval(subparsers) -> None:
         "--plot", metavar="FILE", help="retrieval, cache: write a plot, too (needs matplotlib)"
     )
     _add_cache_suite(parser)
-    _add_batch_tokens(parser)
-    _add_loading(parser)
+    add_batch_tokens(parser)
+    add_loading(parser)
     parser.set_defaults(run=commands.evaluate)
 
 
@@ -259,7 +285,7 @@ def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cache suite")
     group.add_argument(
         "--systems",
-        type=_names,
+        type=names,
         metavar="NAME,NAME",
         help="caches: presets such as 4bit, key and value bits such as k4v3, JSON files of settings, dense "
         "(default 4bit,3bit,k2v2)",
@@ -271,62 +297,13 @@ def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--peers", action="store_true", help="install and measure other packages' caches, too")
     group.add_argument(
-        "--parts", type=_names, metavar="PART,PART", help=f"{_CACHE_PARTS} (default quality,bytes)"
+        "--parts", type=names, metavar="PART,PART", help=f"{_CACHE_PARTS} (default quality,bytes)"
     )
+    group.add_argument("--texts", type=positive, metavar="N", help="texts of quality and of length (9 and 4)")
+    group.add_argument("--contexts", type=integers, metavar="N,N", help="tokens held in speed (2048,8192)")
     group.add_argument(
-        "--texts", type=_positive, metavar="N", help="texts of quality and of length (9 and 4)"
+        "--lengths", type=integers, metavar="N,N", help="tokens of needle (1024,2048,4096,7500)"
     )
-    group.add_argument("--contexts", type=_integers, metavar="N,N", help="tokens held in speed (2048,8192)")
-    group.add_argument(
-        "--lengths", type=_integers, metavar="N,N", help="tokens of needle (1024,2048,4096,7500)"
-    )
-
-
-def _command(subparsers, name: str, title: str, description: str, *examples: str) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        name,
-        help=title,
-        description=f"{title[0].upper()}{title[1:]}.\n\n{description}",
-        epilog=_examples(*examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--verbose", action="store_true", help="log what is done")
-    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
-    return parser
-
-
-def _add_loading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        default="auto",
-        help="precision to run the model in (default: as saved)",
-    )
-
-
-def _add_batch_tokens(parser: argparse.ArgumentParser) -> None:
-    text = "tokens encoded at once (default 2048 on a CPU, 16384 elsewhere)"
-    parser.add_argument("--batch-tokens", type=_positive, metavar="N", help=text)
-
-
-def _examples(*lines: str) -> str:
-    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+from . import store_commands
 from .modeling.errors import MSAError
+from .store_opening import is_store
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,12 @@ def convert(options: argparse.Namespace) -> None:
 def ingest(options: argparse.Namespace) -> None:
     from .ingestion import ingest as ingest_paths
 
+    if options.store is not None:
+        store_commands.ingest(options)
+        return
+    for name in ("namespace", "key_bits", "value_bits", "router_bits", "budget_bytes"):
+        if getattr(options, name) is not None:
+            raise MSAError(f"--{name.replace('_', '-')} needs --store")
     model, tokenizer = load_model(options.model, options.device, options.dtype)
     done = ingest_paths(
         model,
@@ -79,34 +89,40 @@ def ingest(options: argparse.Namespace) -> None:
 
 
 def ask(options: argparse.Namespace) -> int:
-    from .asking import ask as ask_memory
-    from .modeling.memory_bank import MemoryBank
-
     interactive = not options.questions and sys.stdin.isatty()
     questions = iter(options.questions) if options.questions else _questions(interactive)
-    memory = MemoryBank.from_pretrained(options.memory)
-    model, tokenizer = load_model(_model_of(memory, options), options.device, options.dtype)
-    memory.check_model(model.config.memory_settings, model.fingerprint())
-    memory.to(model.device)
+    how = {name: getattr(options, name) for name in ("retrieval", "k", "rounds", "mode", "max_new_tokens")}
     asked = 0
-    for question in questions:
-        reply = ask_memory(
-            model,
-            tokenizer,
-            memory,
-            question,
-            retrieval=options.retrieval,
-            k=options.k,
-            rounds=options.rounds,
-            mode=options.mode,
-            max_new_tokens=options.max_new_tokens,
-        )
-        asked += 1
-        print(json.dumps(reply.to_dict()) if options.json else render_reply(reply), flush=True)
+    with _answering(options) as answer:
+        for question in questions:
+            reply = answer(question, **how)
+            asked += 1
+            print(json.dumps(reply.to_dict()) if options.json else render_reply(reply), flush=True)
     if not asked and not interactive:
         print("msa-hf ask: no question given", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _answering(options: argparse.Namespace) -> Iterator[Callable]:
+    """The function that answers a question from the memory or store that the options name."""
+    if is_store(options.memory):
+        with store_commands.answering(options) as answer:
+            yield answer
+        return
+    from .asking import ask as ask_memory
+    from .modeling.memory_bank import MemoryBank
+
+    for name in ("namespace", "at", "follow"):
+        if getattr(options, name) is not None:
+            raise MSAError(f"--{name} needs a store, and {options.memory} holds none")
+    memory = MemoryBank.from_pretrained(options.memory)
+    path = model_path_of(memory.metadata.get("model"), options.memory, options.model)
+    model, tokenizer = load_model(path, options.device, options.dtype)
+    memory.check_model(model.config.memory_settings, model.fingerprint())
+    memory.to(model.device)
+    yield partial(ask_memory, model, tokenizer, memory)
 
 
 def train_router(options: argparse.Namespace) -> None:
@@ -290,6 +306,7 @@ def render_reply(reply, width: int = 100, preview: int = 320) -> str:
         found = f"round {source.round}, rank {source.rank} (routers alone: {source.router_rank:,})"
         words = "" if source.lexical is None else f", BM25 {source.lexical:.2f}"
         place = f" · {source.source}" if source.source else ""
+        place += f" ({source.namespace}: {source.id})" if source.namespace else ""
         lines.append(f"  [{number}] {source.title}{place}")
         lines.append(f"      {found}, score {source.score:.4f}, routers {source.router_score:.2f}{words}")
         body = source.text.removeprefix(source.title).split()
@@ -299,16 +316,16 @@ def render_reply(reply, width: int = 100, preview: int = 320) -> str:
     return "\n".join(lines)
 
 
-def _model_of(memory, options: argparse.Namespace) -> str:
-    if options.model:
-        return options.model
-    path = memory.metadata.get("model")
-    if not isinstance(path, str):
-        raise MSAError(f"{options.memory} does not say which model made it: name it with --model")
+def model_path_of(known: object, memory: str | Path, given: str | None) -> str:
+    """The model to load: the given one, or the one that a memory or store remembers."""
+    if given:
+        return given
+    if not isinstance(known, str):
+        raise MSAError(f"{memory} does not say which model made it: name it with --model")
     # A memory may come from someone else; what it names is used only if it is already here.
-    if not Path(path).is_dir():
-        raise MSAError(f"{options.memory} was made by {path}, which is no folder here: use --model")
-    return path
+    if not Path(known).is_dir():
+        raise MSAError(f"{memory} was made by {known}, which is no folder here: use --model")
+    return known
 
 
 def _questions(interactive: bool) -> Iterator[str]:

@@ -1,6 +1,5 @@
-"""Files into a memory: read, split, encode, save, with where each document came from."""
+"""Files into a memory or a store: read, split, encode, save, with where each document came from."""
 
-import logging
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,8 +9,9 @@ from typing import Any
 from .documents import Document, read_documents, split_document
 from .modeling.errors import DocumentError, MSAError
 from .modeling.memory_bank import MemoryBank
+from .store_ingestion import StoreIngestion, ingest_into, token_counter
 
-logger = logging.getLogger(__name__)
+__all__ = ["Ingestion", "StoreIngestion", "ingest", "ingest_into", "provenance", "remember"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def ingest(
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "memory.json").is_file())):
         raise MSAError(f"{out} exists and is no memory: choose another place")
 
-    def count_tokens(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
+    count_tokens = token_counter(tokenizer)
     pieces: list[Document] = []
     documents = 0
     for document in read_documents(paths, on_error=on_error):

@@ -100,16 +100,19 @@ def test_ingest_resumes(capsys, tmp_path, model_folder, files, monkeypatch):
         "--batch-tokens",
         80,
     ]
-    monkeypatch.setattr(MemoryBank, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run(capsys, *arguments)[0] == 130
-    kept = sorted((tmp_path / "m.partial").rglob("*.safetensors"))
-    assert len(kept) > 1
-    monkeypatch.undo()
-    encoded = []
     import msa_hf.modeling.memory_encoding as encoding
 
-    original = encoding._encode_batch
-    monkeypatch.setattr(encoding, "_encode_batch", lambda *a: encoded.append(1) or original(*a))
+    monkeypatch.setattr(encoding, "PORTION_TOKENS", 80)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(
+            MemoryBank, "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        assert run(capsys, *arguments)[0] == 130
+    kept = sorted((tmp_path / "m.partial").rglob("*.safetensors"))
+    assert len(kept) > 1
+    encoded = []
+    original = encoding._Portions.save
+    monkeypatch.setattr(encoding._Portions, "save", lambda *a: encoded.append(1) or original(*a))
     assert run(capsys, *arguments, "--resume")[0] == 0 and not encoded
     assert run(capsys, *arguments)[0] == 0 and len(encoded) == len(kept)
 
