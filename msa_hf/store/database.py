@@ -82,8 +82,11 @@ def connect(folder: Path, read_only: bool) -> sqlite3.Connection:
     if not path.is_file():
         raise FileNotFoundError(f"no store in {folder}: {FILE} is missing")
     with translated(folder):
-        writable = os.access(folder, os.W_OK) and os.access(path, os.W_OK)
-        mode = "mode=rw" if writable else "mode=ro&immutable=1"
+        mode = "mode=rw"
+        if not (os.access(folder, os.W_OK) and os.access(path, os.W_OK)):
+            log = folder / f"{FILE}-wal"
+            # Without a log nothing is needed beside the file; with one, its commits must not be passed over.
+            mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
         connection = _connect(f"file:{quote(str(path))}?{mode}")
         try:
             _configure(connection)

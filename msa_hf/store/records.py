@@ -143,6 +143,12 @@ def headers(
     return {row[0]: row[1:] for row in rows}
 
 
+def count_kept(connection: sqlite3.Connection, versions: Sequence[int]) -> int:
+    """How many of these versions were not erased."""
+    rows = f"SELECT count(*) FROM versions WHERE id IN ({_marks(versions)})"
+    return connection.execute(rows, list(versions)).fetchone()[0]
+
+
 def namespaces(connection: sqlite3.Connection, at: int) -> list[str]:
     """Names of the namespaces with documents visible at commit `at`."""
     rows = (

@@ -230,8 +230,11 @@ class MemoryStore(StoreReader, StoreWriter):
         self, version: int, namespaces: tuple[str, ...] | None, where: Mapping[str, Any] | None
     ) -> MemoryBank:
         """The bank of a state; see `StoreReader.bank`."""
-        key = (version, namespaces, repr(sorted(where.items())) if where else None)
+        conditions = repr(sorted(where.items())) if where else None
         with self.guard:
+            with self.reads() as connection:
+                epoch = database.read(connection, "epoch")  # another process may have erased documents
+            key = (version, namespaces, conditions, epoch)
             if key not in self._banks:
                 bank = self._read_bank(version, namespaces, where)
                 self._banks = dict(list(self._banks.items())[-7:]) | {key: bank}

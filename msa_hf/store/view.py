@@ -97,6 +97,22 @@ class StoredNotes(Sequence[dict]):
         return notes | {"title": str(title or ""), "source": str(source or "")}
 
 
+class StoredWords(LexicalView):
+    """BM25 of a view; raises HistoryError, and not that the index is damaged, once a document was erased."""
+
+    def _best(self, words: list[str], limit: int) -> list[tuple[int, float]]:
+        try:
+            return super()._best(words, limit)
+        except MemoryFormatError as error:
+            portions = (self._versions[start : start + PORTION] for start in range(0, len(self), PORTION))
+            kept = sum(records.count_kept(self._database, portion.tolist()) for portion in portions)
+            if kept < len(self):
+                raise HistoryError(
+                    "a document of this bank was erased from the store; ask the store for its bank again"
+                ) from error
+            raise
+
+
 def visible(connection: sqlite3.Connection, at: int, namespaces: Sequence[str] | None) -> VisibleVersions:
     """Versions that are visible at commit `at` in `namespaces` (None: in all).
 
@@ -178,7 +194,7 @@ def build_bank(
         means=coding.means,
         numbers=versions.ids.tolist() if coding.provenance.settings.prompt_format == "msa" else None,
     )
-    bank.lexical = LexicalView(connection, lock, versions.ids)
+    bank.lexical = StoredWords(connection, lock, versions.ids)
     return bank
 
 
