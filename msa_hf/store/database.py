@@ -11,7 +11,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -51,24 +51,52 @@ CREATE TABLE tombstones (digest BLOB PRIMARY KEY, time REAL NOT NULL) WITHOUT RO
 
 
 def create(folder: Path, values: dict[str, object]) -> sqlite3.Connection:
-    """A new database in `folder`, with `values` in its table `store`."""
-    path = folder / FILE
-    connection = _connect(f"file:{quote(str(path))}?mode=rwc")
-    connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-    connection.execute("PRAGMA journal_mode=WAL")
-    _configure(connection)
-    with transaction(connection):
-        for statement in TABLES.split(";\n"):
-            if statement.strip():
-                connection.execute(statement)
-        lexical_view.create_tables(connection)
-        connection.execute(
-            "INSERT INTO commits (time, kind, added, removed, parent, state, tip) VALUES (?,?,0,0,NULL,1,1)",
-            (time.time(), "create"),
-        )
-        for name, value in {"format": FORMAT, "format_version": FORMAT_VERSION, **values}.items():
-            put(connection, name, value)
+    """A new database in `folder`, with `values` in its table `store`, and the folder of segments.
+
+    Where that fails it removes what it has made, as far as the disk permits.
+    """
+    connection = None
+    try:
+        (folder / SEGMENTS).mkdir()
+        connection = _connect(f"file:{quote(str(folder / FILE))}?mode=rwc")
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        connection.execute("PRAGMA journal_mode=WAL")
+        _configure(connection)
+        with transaction(connection):
+            _fill(connection, values)
+        sync_folder(folder)
+    except BaseException:
+        if connection is not None:
+            connection.close()
+        for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal"):
+            with suppress(OSError):
+                (folder / name).unlink()
+        with suppress(OSError):
+            (folder / SEGMENTS).rmdir()
+        raise
     return connection
+
+
+def _fill(connection: sqlite3.Connection, values: dict[str, object]) -> None:
+    for statement in TABLES.split(";\n"):
+        if statement.strip():
+            connection.execute(statement)
+    lexical_view.create_tables(connection)
+    connection.execute(
+        "INSERT INTO commits (time, kind, added, removed, parent, state, tip) VALUES (?,?,0,0,NULL,1,1)",
+        (time.time(), "create"),
+    )
+    for name, value in {"format": FORMAT, "format_version": FORMAT_VERSION, **values}.items():
+        put(connection, name, value)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names of new and removed files in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def connect(folder: Path, read_only: bool) -> sqlite3.Connection:
@@ -204,7 +232,14 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path):
-        self._file = open(folder / LOCK, "a+", encoding="utf-8")
+        self._file = open(folder / LOCK, "a+b", buffering=0)
+        try:
+            self._take(folder)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take(self, folder: Path) -> None:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -213,16 +248,14 @@ class WriterLock:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     self._file.seek(0)
-                    holder = self._file.read(100).strip() or "unknown"
-                    self._file.close()
+                    holder = self._file.read(100).decode("ascii", "replace").strip() or "unknown"
                     raise StoreLockedError(
                         f"{folder} is open for writing (process {holder}): close it there, or open it here "
                         "with read_only=True"
                     ) from None
                 time.sleep(0.02)
         self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        self._file.write(str(os.getpid()).encode())
 
     def release(self) -> None:
         self._file.close()

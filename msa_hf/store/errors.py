@@ -13,6 +13,10 @@ from ..modeling.errors import MemoryFormatError, MSAError
 _BUSY, _FULL, _IO, _READ_ONLY, _CANNOT_OPEN = 5, 13, 10, 8, 14  # SQLite's primary result codes
 
 
+# SQLite's own message quotes the names in a damaged database, which may be no UTF-8.
+_OF_SQLITE = (sqlite3.Error, UnicodeDecodeError)
+
+
 class StoreError(MSAError):
     """Base of the errors of a store; nothing that was stored is lost or changed."""
 
@@ -46,7 +50,7 @@ def translated(place: Path) -> Iterator[None]:
     """Raises errors of SQLite, safetensors and the system as those of this module; `place` is the store."""
     try:
         yield
-    except sqlite3.Error as error:
+    except _OF_SQLITE as error:
         raise _of_sqlite(error, place) from error
     except SafetensorError as error:
         raise StoreWriteError(f"{place} could not be written: {error}") from error
@@ -67,11 +71,13 @@ class Guard:
 
     def __exit__(self, kind, error, trace) -> None:
         self._lock.release()
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, _OF_SQLITE):
             raise _of_sqlite(error, self._place) from error
 
 
-def _of_sqlite(error: sqlite3.Error, place: Path) -> StoreError | MemoryFormatError | ValueError:
+def _of_sqlite(
+    error: sqlite3.Error | UnicodeDecodeError, place: Path
+) -> StoreError | MemoryFormatError | ValueError:
     code = getattr(error, "sqlite_errorcode", None)  # since Python 3.11
     primary = None if code is None else code & 0xFF
     message = str(error)

@@ -23,14 +23,20 @@ SCRUB_PATIENCE = 5.0  # seconds to wait for readers
 def recover(store: MemoryStore) -> None:
     """After a crash: removes files that no commit names, and finishes an erasure that was begun."""
     with store.reads() as connection:
-        known = {file.name for file in records.segment_files(connection).values()}
         unfinished = database.read(connection, "erasing")
-    for path in (store.path / database.SEGMENTS).glob("*"):
-        if path.name not in known:
-            path.unlink()
+    remove_strays(store)
     database.versions_being_read(store.path)
     if unfinished:
         scrub(store)
+
+
+def remove_strays(store: MemoryStore) -> None:
+    """Removes files of vectors that no commit names."""
+    with store.reads() as connection:
+        known = {file.name for file in records.segment_files(connection).values()}
+    for path in (store.path / database.SEGMENTS).glob("*"):
+        if path.name not in known:
+            path.unlink()
 
 
 def forget(store: MemoryStore, documents: Sequence[str], namespace: str) -> None:
@@ -78,11 +84,12 @@ def compact(store: MemoryStore, history: bool) -> None:
 
 
 def scrub(store: MemoryStore) -> None:
-    """Rewrites the database's files, so that they hold nothing of what was deleted.
+    """Rewrites the database's files and removes strays, so that nothing is left of what was deleted.
 
     Raises StoreLockedError if readers do not let go of the old pages; the next writer tries again.
     """
     connection = store.connection
+    remove_strays(store)
     with database.transaction(connection):
         lexical_view.scrub(connection)
     connection.execute("VACUUM")

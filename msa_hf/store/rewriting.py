@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +34,8 @@ class Rewriting:
     """Segments that are being written, and those that they replace.
 
     Leaving the block without an error removes the replaced files; leaving it with one removes the new
-    ones, and the store is as it was.
+    ones, and the store is as it was. A file that cannot be removed does no harm: it belongs to no commit,
+    and the next `maintenance.remove_strays` is for it.
     """
 
     def __init__(self, store: MemoryStore):
@@ -41,6 +44,7 @@ class Rewriting:
         self._files: list[tuple[int, segments.SegmentFile]] = []
         self._left: set[int] = set()
         self._removed: list[tuple[int, str]] = []
+        self._recorded = False
 
     def __enter__(self) -> Rewriting:
         with self.store.reads() as connection:
@@ -84,19 +88,38 @@ class Rewriting:
     def record(self) -> None:
         """Tells the database, in the caller's transaction, about the new segments and who moved there."""
         connection = self.store.connection
+        self._recorded = True
         for number, file in self._files:
             records.insert_segment(connection, number, file)
         records.move(connection, self.moved)
         self._removed = records.remove_unused(connection, sorted(self._left))
         if self._removed or self.moved:
-            database.put(connection, "epoch", (database.read(connection, "epoch") or 0) + 1)
+            database.put(connection, "epoch", self._epoch() + 1)
 
     def __exit__(self, kind, error, trace) -> None:
-        folder = self.store.path / database.SEGMENTS
-        if kind is not None:
-            for _, file in self._files:
-                (folder / file.name).unlink(missing_ok=True)
-            return
-        self.store.drop_segments([number for number, _ in self._removed])
-        for _, name in self._removed:
-            (folder / name).unlink(missing_ok=True)
+        if kind is None:
+            self.store.drop_segments([number for number, _ in self._removed])
+            self._discard(name for _, name in self._removed)
+        elif not self._recorded or self._overwrite():
+            self._discard(file.name for _, file in self._files)
+
+    def _overwrite(self) -> bool:
+        """Whether the failed commit cannot come back.
+
+        If the disk failed after its last page was written, a crash would bring it back, and it would name the
+        new files; another commit takes its place in the write-ahead log.
+        """
+        try:
+            with database.transaction(self.store.connection):
+                database.put(self.store.connection, "epoch", self._epoch() + 1)
+        except sqlite3.Error:
+            return False
+        return True
+
+    def _epoch(self) -> int:
+        return database.read(self.store.connection, "epoch") or 0
+
+    def _discard(self, names: Iterable[str]) -> None:
+        for name in names:
+            with suppress(OSError):
+                (self.store.path / database.SEGMENTS / name).unlink()

@@ -4,7 +4,6 @@ A file is complete and on the disk before the database names it, and is never ch
 letters: n documents, N documents of a selection.
 """
 
-import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..modeling.memory_bank import DenseVectors, chunk_counts, first_rows
 from ..modeling.memory_files import check_file_name, check_size, file_sha256, write_tensors
 from ..modeling.packed_vectors import PackedRows
 from .coding import FULL, TIERS, Coding, Key
-from .database import SEGMENTS
+from .database import SEGMENTS, sync_folder
 from .errors import translated
 from .vectors import SegmentedRows, Storage
 
@@ -183,12 +182,3 @@ def _storage(
 def _endings(storage: Storage) -> tuple[str, ...]:
     """Of the tensors with one entry per row; means and gains are the store's."""
     return ("",) if isinstance(storage, DenseVectors) else (".codes", ".scales")
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the names of new and removed files in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -101,11 +101,9 @@ class MemoryStore(StoreReader, StoreWriter):
                 "salt": database.salt(),
             }
             try:
-                (path / database.SEGMENTS).mkdir()
+                _empty_folder(path)  # another process may have made a store in it by now
                 connection = database.create(path, values)
-                segments.sync_folder(path)
             except BaseException:
-                database.remove_unfinished(path)
                 lock.release()
                 raise
         return cls(path, connection, coding, lock, None, model, tokenizer)
@@ -356,7 +354,8 @@ def check_model(provenance: Provenance, model, tokenizer) -> None:
 
 def _empty_folder(path: str | Path) -> Path:
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    strangers = path.is_dir() and any(own.name != database.LOCK for own in path.iterdir())
+    if path.exists() and (not path.is_dir() or strangers):
         raise StoreError(f"{path} exists and is not an empty folder: open it, or choose another place")
     return path
 
