@@ -234,6 +234,24 @@ def test_a_reader_that_had_read_it_keeps_nothing_in_the_files(store):
     assert traces(store, vectors) == {}
 
 
+def test_a_bank_with_an_erased_document_says_so(store, model, tiny_tokenizer):
+    id = add_secret(store)
+    bank = store.bank()
+    with MemoryStore.open(store.path, model, tiny_tokenizer, read_only=True) as reader:
+        old = reader.bank()
+        store.forget(id)
+        for own in (bank, old):
+            assert list(own.documents[:3]) == OTHERS
+            for act in (lambda own=own: own.documents[3], lambda own=own: own.lexical.search("harbour")):
+                with pytest.raises(HistoryError, match="erased"):
+                    act()
+        for own in (store, reader):  # the reader without a refresh
+            assert_same_bank(own.bank(), fresh_bank(model, tiny_tokenizer, OTHERS), model, tiny_tokenizer)
+            for mode in ("router", "lexical", "fused"):
+                assert id not in [hit.id for hit in own.search("harbour of the agent", 9, mode=mode)]
+        assert rows_of(reader) == rows_of(store)
+
+
 def test_a_reader_at_work_delays_the_erasure(store, monkeypatch):
     monkeypatch.setattr(maintenance, "SCRUB_PATIENCE", 0.0)
     id = add_secret(store)

@@ -1,13 +1,14 @@
 """Several at one store: readers beside a writer, one writer, namespaces that know nothing of each other."""
 
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from store_cases import QUESTION, TEXTS, in_process, received, rows_of
 from tiny_models import tiny_model
@@ -16,6 +17,7 @@ from msa_hf.modeling.memory_files import NAMES
 from msa_hf.modeling.retrieval_msa import MODES
 from msa_hf.store import HistoryError, MemoryStore, StoreError, StoreLockedError
 
+NOBODY = 65534  # user and group
 HANG = 5.0  # seconds; a second writer gives up after half a one
 
 
@@ -223,20 +225,24 @@ def look_at_a_read_only_folder(pipe, path, model, tokenizer, user):
         pipe.send(str(error))
 
 
-def test_a_folder_that_nobody_may_write_to(store, model, tiny_tokenizer, tmp_path):
+@pytest.mark.parametrize("left_by", ("closing", "a crash"))
+def test_a_folder_that_nobody_may_write_to(left_by, store, model, tiny_tokenizer, tmp_path):
+    """As on a disk that is mounted for reading; after a crash the newest commits are in the log alone."""
     store.add(TEXTS)
-    expected, path = everything(store, model, tiny_tokenizer), store.path
-    store.close()
-    nobody = 65534
-    places = [path, *path.rglob("*")]
-    for place in places:
-        place.chmod(0o555 if place.is_dir() else 0o444)
+    expected, path = everything(store, model, tiny_tokenizer), tmp_path / "copy"
+    if left_by == "closing":
+        store.close()
+    shutil.copytree(store.path, path)
+    assert (path / "store.sqlite-wal").exists() == (left_by == "a crash")
     parents = [tmp_path, tmp_path.parent, tmp_path.parent.parent]
     modes = [place.stat().st_mode for place in parents]
     for place, mode in zip(parents, modes):
         place.chmod(mode | 0o055)
+    places = [path, *path.rglob("*")]
+    for place in places:
+        place.chmod(0o555 if place.is_dir() else 0o444)
     try:
-        process, pipe = in_process(look_at_a_read_only_folder, path, model, tiny_tokenizer, nobody)
+        process, pipe = in_process(look_at_a_read_only_folder, path, model, tiny_tokenizer, NOBODY)
         assert differing(expected, received(pipe)) == []
         assert received(pipe) == []
         assert str(path) in received(pipe)
@@ -254,6 +260,7 @@ def test_a_folder_that_nobody_may_write_to(store, model, tiny_tokenizer, tmp_pat
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
+    phases=[Phase.generate],  # shrinking takes minutes
 )
 @given(
     steps=st.lists(
