@@ -123,6 +123,29 @@ def test_a_bank_and_a_snapshot_outlive_edits(store, model, tiny_tokenizer):
     assert differing(first, again) == []
 
 
+def test_a_snapshot_says_that_its_history_is_gone(store):
+    """It must not show the part of the state that later versions happen to share."""
+    store.add(["one", "two"], ["a", "b"])
+    snapshot = store.snapshot(store.version)
+    store.update("a", "three")
+    store.compact()
+    assert [own.text for own in snapshot.list()] == ["one", "two"] and snapshot.version == 2
+    with MemoryStore.open(store.path, read_only=True) as reader:
+        earlier = reader.snapshot(2)
+        store.compact(history=False)
+        for own in (snapshot, earlier):
+            for act in (
+                own.list,
+                own.bank,
+                own.count,
+                lambda own=own: own.get("b"),
+                lambda own=own: own.history("b"),
+            ):
+                with pytest.raises(HistoryError, match="version 2 is no longer kept"):
+                    act()
+        assert [own.text for own in reader.list()] == [own.text for own in store.list()] == ["two", "three"]
+
+
 def test_marks_of_readers_go_with_them(store, model, tiny_tokenizer):
     store.add(["one"])
     process, pipe = in_process(watch, store.path, model, tiny_tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..modeling.memory_bank import MemoryBank
 from ..modeling.retrieval_msa import FUSION_DEPTH, MODES
-from . import exchange, records, view
+from . import database, exchange, records, view
 from .drafts import check_text
 from .errors import HistoryError, StoreModelError, UnknownDocumentError
 
@@ -207,6 +207,11 @@ class Snapshot(StoreReader):
 
     @property
     def version(self) -> int:
+        """Number of the commit. Raises HistoryError once a compaction has given it up."""
+        with self._store.reads() as connection:
+            oldest = database.read(connection, "oldest") or 1
+        if self._version < oldest and self._version != self._store.version:
+            raise HistoryError(f"version {self._version} is no longer kept: the oldest is {oldest}")
         return self._version
 
 
