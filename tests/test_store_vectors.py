@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from msa_hf.modeling.memory_bank import DenseVectors
 from msa_hf.modeling.packed_vectors import PackedRows, RowCoder, RowPacking
+from msa_hf.store import vectors
+from msa_hf.store.residency import release
 from msa_hf.store.vectors import SegmentedRows
 
 HEADS, DIM = 2, 12
@@ -81,6 +84,22 @@ def test_rows_of_different_bits_and_dropped_ones():
     assert not view.is_uniform and view.to("meta") is view
     with pytest.raises(ValueError, match="different numbers of bits"):
         view.joined()
+
+
+def test_segments_that_were_read_are_let_go_and_read_again(tmp_path, monkeypatch):
+    save_file({"rows": torch.arange(2 * 3 * 4096 * 8.0).view(-1, 8)}, tmp_path / "rows.safetensors")
+    rows = load_file(tmp_path / "rows.safetensors")["rows"]
+    halves = [DenseVectors(rows[:12288]), DenseVectors(rows[12288:])]
+    released = []
+    monkeypatch.setattr(vectors, "RESIDENT_BYTES", 1000)
+    monkeypatch.setattr(vectors, "release", lambda tensor: released.append(len(tensor)) or release(tensor))
+    places = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([12288, 12288])
+    view = SegmentedRows(halves, *places, halves[0])
+    expected = torch.arange(2 * 3 * 4096 * 8.0).view(-1, 8)
+    for _ in range(2):
+        for start in range(0, len(view), 4096):
+            assert torch.equal(view.rotated_slice(start, start + 4096), expected[start : start + 4096])
+    assert released == [12288] * 3
 
 
 def test_another_device_gets_one_storage():

@@ -10,8 +10,10 @@ import torch
 
 from ..modeling.memory_bank import DenseVectors, first_rows
 from ..modeling.packed_vectors import PackedRows
+from .residency import release
 
 Storage = DenseVectors | PackedRows
+RESIDENT_BYTES = 1 << 27  # of segments that routing has read and left
 
 
 class SegmentedRows:
@@ -45,6 +47,7 @@ class SegmentedRows:
         self._first = torch.cat([first[:-1][heads], first[-1:]])
         self._sources, self._starts = sources[heads], starts[heads]
         self._storages, self._like, self._restore = list(storages), like, restore
+        self._read_through: set[int] = set()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -82,7 +85,13 @@ class SegmentedRows:
         return self._read(torch.arange(start, stop), "slice")
 
     def rotated_slice(self, start: int, stop: int) -> torch.Tensor:
-        """[stop - start, W]: rows whose products with rotated queries are those of `slice` with these."""
+        """[stop - start, W]: rows whose products with rotated queries are those of `slice` with these.
+
+        Segments that a pass over all rows has left behind do not stay in memory.
+        """
+        runs = torch.searchsorted(self._first, torch.tensor([start, stop - 1]), right=True) - 1
+        if start < stop:
+            self._let_go(set(self._sources[int(runs[0]) : int(runs[1]) + 1].tolist()))
         return self._read(torch.arange(start, stop), "rotated_slice")
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
@@ -118,6 +127,17 @@ class SegmentedRows:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a file holds, by the ending of its name; read from the segments."""
         return self.joined().tensors()
+
+    def _let_go(self, current: set[int]) -> None:
+        """Releases what was read before the segments that are read now, once it is much."""
+        left = [self._storages[source] for source in self._read_through - current]
+        left = [storage for storage in left if storage is not None]
+        self._read_through |= current
+        if sum(storage.nbytes for storage in left) > RESIDENT_BYTES:
+            for storage in left:
+                for tensor in storage.tensors().values():
+                    release(tensor)
+            self._read_through = set(current)
 
     def _read(self, rows: torch.Tensor, method: str) -> torch.Tensor:
         parts = list(self._gathered(rows))
