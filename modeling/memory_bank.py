@@ -228,12 +228,12 @@ class MemoryBank:
         for layer, memory in self.layers.items():
             parts = {name: getattr(memory, name) for name in NAMES}
             for name, own in packing.items():
-                if not isinstance(parts[name], DenseVectors):
+                if (stored := parts[name].settings()) is not None:
                     raise ValueError(
-                        f"{name} must be dense to be packed; layer {layer} has them in "
-                        f"{parts[name].coder.packing.bits} bits. Pack the bank that was encoded"
+                        f"{name} must be dense to be packed; layer {layer} has them in {stored['bits']} "
+                        "bits. Pack the bank that was encoded"
                     )
-                vectors = parts[name].data
+                vectors = parts[name].slice(0, len(parts[name]))
                 means = self.means.get((layer, name)) if own.centered else None
                 if own.centered and means is None:
                     coder = RowCoder.fit(vectors, heads, own)
@@ -276,8 +276,8 @@ class MemoryBank:
 
     def _bits(self, name: str) -> int | None:
         """Bits per number of the codes, None for dense vectors."""
-        stored = (getattr(memory, name) for memory in self.layers.values())
-        return next((own.coder.packing.bits for own in stored if isinstance(own, PackedRows)), None)
+        stored = (getattr(memory, name).settings() for memory in self.layers.values())
+        return next((own["bits"] for own in stored if own is not None), None)
 
     def check_model(self, settings: MemorySettings, fingerprint: dict | None) -> None:
         """Raises MemoryMismatchError, saying what differs, unless a model with these settings made this

@@ -151,7 +151,9 @@ def replace_json(path: Path, data: dict, stamp: str) -> None:
     """Replaces a JSON file in one step; `stamp` makes the name of the file that is written first."""
     temporary = path.with_name(f".{path.name}-{stamp}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1)
+        json.dump(
+            data, file, indent=1, default=list
+        )  # a store's bank reads its notes when they are asked for
         _sync(file)
     os.replace(temporary, path)
 

@@ -12,6 +12,7 @@ import torch
 from store_cases import QUESTION, TEXTS, assert_same_bank, contents, default_id, fresh_bank, rows_of
 from tiny_models import DOCUMENTS, tiny_model
 
+from msa_hf import MemoryBank
 from msa_hf.modeling.errors import MemoryFormatError, MemoryMismatchError, MSAError
 from msa_hf.store import (
     DocumentExistsError,
@@ -591,6 +592,36 @@ def test_a_store_is_given_to_generate_as_it_is(store, model, tiny_tokenizer):
     ours, wanted = (model.generate(**tokens, memory=own, **options) for own in (store, fresh))
     assert torch.equal(ours.sequences, wanted.sequences) and ours.rounds == wanted.rounds
     assert model.rank_documents([QUESTION], store, 5) == model.rank_documents([QUESTION], fresh, 5)
+
+
+@pytest.mark.parametrize("bits", ((4, 3, 2), (None, 4, None)), ids=str)
+def test_a_bank_of_a_store_is_a_bank(bits, model, tiny_tokenizer, tmp_path):
+    names = dict(zip(("key_bits", "value_bits", "router_bits"), bits))
+    with MemoryStore.create(tmp_path / "store", model, tiny_tokenizer, **names) as store:
+        store.add(TEXTS[:4])
+        store.add(TEXTS[4:])
+        store.delete(default_id(TEXTS[5]))
+        texts = [own.text for own in store.list()]
+        bank, fresh = store.bank(), fresh_bank(model, tiny_tokenizer, texts, bits)
+        ours, wanted = bank.stats(), fresh.stats()
+        assert [ours[f"{name}_bits"] for name in ("keys", "values", "router_keys")] == list(bits)
+        for name in ours.keys() - {"vector_bytes", "router_key_bytes", "vector_bytes_per_token"}:
+            assert ours[name] == wanted[name], name  # the means are the store's, not the bank's
+        bank.save_pretrained(tmp_path / "bank")
+        again = MemoryBank.from_pretrained(tmp_path / "bank", model=model, tokenizer=tiny_tokenizer)
+        assert_same_bank(again, fresh, model, tiny_tokenizer)
+        assert again.metadata["documents"] == list(bank.metadata["documents"])
+        with pytest.raises(ValueError, match="values must be dense to be packed.* bits"):
+            bank.pack(None, 2, None)
+        if bits[0] is None:
+            packed, expected = bank.pack(2, None, 1), fresh.pack(2, None, 1)
+            assert_same_bank(packed, expected, model, tiny_tokenizer)
+        last = len(texts) - 1
+        for notes in (bank.documents, bank.metadata["documents"]):
+            assert notes[-1] == notes[last] == notes[-1:][0] and len(notes) == len(texts)
+            for index in (len(texts), -len(texts) - 1, 1 << 40):
+                with pytest.raises(IndexError):
+                    notes[index]
 
 
 def test_stats_count_what_is_there(store, model, tiny_tokenizer):

@@ -60,7 +60,7 @@ class StoredTexts(Sequence[str]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return list(self._read(self._versions[index]))
-        return next(self._read(self._versions[index : index + 1 or None]))
+        return next(self._read(self._versions[[index]]))
 
     def __iter__(self) -> Iterator[str]:
         return self._read(self._versions)
