@@ -28,6 +28,7 @@ _SUITES = {
     "retrieval": "recall of routers, BM25, both fused, and a sentence encoder",
     "answers": "exact match and F1: closed book, from memory, with the gold paragraphs given",
     "cost": "encoding speed, time to first token, peak memory, bytes per token",
+    "store": "bytes, recall, editing, opening and searching of a MemoryStore",
     "cache": "quantised key/value caches: KL, length, needles, MMLU, speed, bytes; any causal model",
 }
 _CACHE_PARTS = "quality, bytes, length, needle, mmlu, speed"
@@ -249,11 +250,12 @@ def _add_eval(subparsers) -> None:
     parser = command(
         subparsers,
         "eval",
-        "measure retrieval, answers or cost on HotpotQA, or quantised caches",
+        "measure retrieval, answers, cost or stores on HotpotQA, or quantised caches",
         "\n".join(f"{name:10} {what}" for name, what in _SUITES.items()),
         "msa-hf eval retrieval ./smol-msa",
         "msa-hf eval answers ./smol-msa --questions 200 --out answers.json",
         "msa-hf eval cost ./smol-msa --json",
+        "msa-hf eval store ./smol-msa --store-documents 100000",
         "msa-hf eval cache smollm2-135m --systems 4bit,k4v3 --peers --plot kl.png",
         "msa-hf eval cache qwen2.5-coder-0.5b --parts mmlu --systems 2.7bit,1.8bit",
     )
@@ -268,6 +270,13 @@ def _add_eval(subparsers) -> None:
         default=1000,
         metavar="N",
         help="questions whose paragraphs are the memory (default 1000: the standing benchmark)",
+    )
+    parser.add_argument(
+        "--store-documents",
+        type=positive,
+        default=100_000,
+        metavar="N",
+        help="store: documents of the large store (default 100,000)",
     )
     parser.add_argument("--no-encoder", action="store_true", help="retrieval: leave the sentence encoder out")
     parser.add_argument("--cache", metavar="FOLDER", help="where memories are kept between runs")

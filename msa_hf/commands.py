@@ -198,7 +198,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.suite == "cache":
         evaluate_cache(options)
         return
-    from .evaluation import answers, cost, retrieval
+    from .evaluation import answers, cost, retrieval, store_costs
     from .evaluation.cached_memory import benchmark_memory
     from .evaluation.hotpotqa import load_hotpotqa
 
@@ -219,6 +219,17 @@ def evaluate(options: argparse.Namespace) -> None:
         suite = answers
         questions = options.questions or 200
         report = answers.evaluate_answers(model, tokenizer, benchmark, questions=questions, **shared)
+    elif options.suite == "store":
+        suite = store_costs
+        report = store_costs.evaluate_store(
+            model,
+            tokenizer,
+            benchmark.first(options.questions),
+            benchmark_memory(model, tokenizer, benchmark.documents, **shared),
+            options.model,
+            large_documents=options.store_documents,
+            progress=lambda message: logger.info("%s", message),
+        )
     else:
         suite = cost
         memory = benchmark_memory(model, tokenizer, benchmark.documents, **shared)

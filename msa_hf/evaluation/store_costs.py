@@ -226,7 +226,7 @@ def _edit(
             steps = {
                 "add": lambda: store.add([f"New {number}\n{texts[number]}"], [f"new-{number}"]),  # noqa: B023
                 "update": lambda: store.update(f"0-{number}", f"Changed\n{texts[number + 1]}"),  # noqa: B023
-                "delete": lambda: store.delete(f"0-{number + 100}"),  # noqa: B023
+                "delete": lambda: store.delete(f"0-{number + edits}"),  # noqa: B023
                 "undo": lambda: store.undo(),
             }
             for name, step in steps.items():
@@ -269,11 +269,10 @@ def main(checkpoint: str, folder: str, questions: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
-    with MemoryStore.open(folder) as store:
+    with MemoryStore.open(folder, read_only=True) as store:
         dtype = getattr(torch, store.provenance.dtype)
-    model = model.to(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
     loaded, seconds = peak_resident_bytes(), []
     with MemoryStore.open(folder, model, tokenizer, read_only=True) as store:
         bank = store.bank()
