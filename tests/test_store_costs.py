@@ -34,7 +34,8 @@ def test_report(checkpoint, tmp_path):
     assert max(report.written["delete"]) < min(report.written["add"])
     copies, rest = divmod(450, len(memory))
     chunks = memory.router_chunk_counts
-    assert report.search.router_chunks == copies * int(chunks.sum()) + int(chunks[:rest].sum())
+    # The edits have added two documents and made two longer.
+    assert report.search.router_chunks > copies * int(chunks.sum()) + int(chunks[:rest].sum())
     assert 0 < report.search.loaded_bytes <= report.search.peak_bytes and len(report.search.seconds) == 4
     text = store_costs.render(report)
     assert "the same selections as the packed bank" in text and "450 documents" in text
