@@ -675,3 +675,12 @@ def test_threads_read_while_one_writes(store, model, tiny_tokenizer):
             done.set()
         assert all(reader.result()[1] == len(TEXTS) + 30 for reader in readers)
     assert store.verify() == []
+
+
+def test_a_closed_store_does_not_look_damaged(model, tiny_tokenizer, tmp_path):
+    store = MemoryStore.create(tmp_path / "store", model, tiny_tokenizer)
+    store.add(iter(["a", "b"]), ids=iter("xy"), metadata=iter([{}, {"n": 1}]))
+    assert [own.id for own in store.list()] == ["x", "y"]
+    store.close()
+    with pytest.raises(StoreError, match="was closed"):
+        store.verify()

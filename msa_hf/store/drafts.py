@@ -34,9 +34,7 @@ def drafts_of(
     if isinstance(documents, (str, bytes, Mapping)) or not isinstance(documents, Iterable):
         raise ValueError(f"documents must be a list of texts; got {type(documents).__name__}")
     documents = list(documents)
-    for name, values in (("ids", ids), ("metadata", metadata)):
-        if values is not None and (isinstance(values, (str, Mapping)) or len(values) != len(documents)):
-            raise ValueError(f"{name} must have one entry per document ({len(documents)})")
+    ids, metadata = (_per_document(*own, len(documents)) for own in (("ids", ids), ("metadata", metadata)))
     check_name("namespace", namespace)
     drafts: list[Draft] = []
     known: dict[str, Draft] = {}
@@ -51,6 +49,17 @@ def drafts_of(
             raise ValueError(f"ids must differ; {document!r} stands for two different documents")
         drafts.append(draft)
     return drafts
+
+
+def _per_document(name: str, values: Iterable | None, count: int) -> list | None:
+    if values is None:
+        return None
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must have one entry per document ({count}); got {type(values).__name__}")
+    values = list(values)
+    if len(values) != count:
+        raise ValueError(f"{name} must have one entry per document ({count}); got {len(values)}")
+    return values
 
 
 def check_name(field: str, name: object) -> str:
