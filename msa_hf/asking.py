@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer with its sources, in the order in which they were found."""
+    """An answer with its sources, in the order in which they were found.
+
+    `earlier` are the questions and answers that the question was asked with, see `ask`.
+    """
 
     question: str
     answer: str
@@ -50,6 +53,7 @@ class Reply:
     retrieval: str
     routers_trained: bool
     seconds: float
+    earlier: list[tuple[str, str]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -117,7 +121,7 @@ def ask(
         for rank, document in enumerate(part.documents, 1)
     ]
     trained = bool(model.config.routers_trained)
-    return Reply(question, output.answers[0].strip(), sources, retrieval, trained, seconds)
+    return Reply(question, output.answers[0].strip(), sources, retrieval, trained, seconds, list(earlier))
 
 
 def with_earlier(question: str, earlier: Sequence[tuple[str, str]]) -> str:

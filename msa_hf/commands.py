@@ -313,6 +313,7 @@ def warn_untrained(model) -> None:
 def render_reply(reply, width: int = 100, preview: int = 320) -> str:
     """An answer and its sources as text."""
     lines = [f"Q: {reply.question}", f"A: {reply.answer}", ""]
+    lines += [f"  after: {question} {answer}" for question, answer in reply.earlier]
     for number, source in enumerate(reply.sources, 1):
         found = f"round {source.round}, rank {source.rank} (routers alone: {source.router_rank:,})"
         words = "" if source.lexical is None else f", BM25 {source.lexical:.2f}"

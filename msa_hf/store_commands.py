@@ -269,29 +269,29 @@ def import_folder(options: argparse.Namespace) -> None:
         try:
             # Vectors of the same model move as they are; only others need one.
             with writing(options, *(model_of(options) if options.model else ())) as store:
-                ids = _import(store, options)
+                count = _import(store, options)
         except StoreModelError:
             if options.model:
                 raise
             with writing(options, *model_of(options)) as store:
-                ids = _import(store, options)
+                count = _import(store, options)
     elif options.model:
         from .commands import load_model
 
         model = load_model(options.model, options.device, options.dtype)
         with open_or_create(options, *model, options.model) as store:
-            ids = _import(store, options)
+            count = _import(store, options)
     else:
         if options.namespace or settings_of(options):
             raise MSAError(
                 f"{options.store} is not there: with --namespace or bits, name the model with --model"
             )
         with MemoryStore.from_export(options.store, options.folder) as store:
-            ids = [document.id for document in store.list("*")]
+            count = len(store)
     _say(
         options,
-        {"store": options.store, "documents": len(ids)},
-        f"{options.store}: {len(ids):,} documents imported",
+        {"store": options.store, "documents": count},
+        f"{options.store}: {count:,} documents imported",
     )
 
 
@@ -309,8 +309,8 @@ def reencode(options: argparse.Namespace) -> None:
     )
 
 
-def _import(store, options: argparse.Namespace) -> list[str]:
-    return store.import_from(options.folder, options.namespace)
+def _import(store, options: argparse.Namespace) -> int:
+    return len(store.import_from(options.folder, options.namespace))
 
 
 def _at(store, options: argparse.Namespace):

@@ -320,7 +320,9 @@ def test_eval(capsys, tmp_path, model_folder, monkeypatch, suite):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "convert", "ingest", "ask", "train-router", "calibrate-cache", "eval"]
+    "command",
+    "|convert|ingest|ask|train-router|calibrate-cache|eval|add|update|delete|undo|redo|forget|history|list|search|"
+    "verify|compact|stats|export|import|reencode".split("|"),
 )
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stop:

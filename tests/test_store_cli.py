@@ -411,6 +411,8 @@ def test_forget(capsys, store, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal("n\n"))
     code, out, err = run(capsys, "forget", store, "honey")
     assert code == 1 and not out and "nothing was erased" in err and "honey" in contents(store)
+    code, _, err = run(capsys, "forget", store, "honey", "wax")
+    assert code == 1 and "nothing is known of a document 'wax'" in err and "[y/N]" not in err
     monkeypatch.setattr(sys, "stdin", Terminal("yes\n"))
     assert good(capsys, "forget", store, "honey")[0]["forgotten"] == ["honey"]
     monkeypatch.setattr(sys, "stdin", Terminal(""))
@@ -521,9 +523,14 @@ def test_ask_tells_a_store_from_a_memory(capsys, tmp_path, model_folder, files):
 def test_ask_follows(capsys, store):
     command = ["--max-new-tokens", 2, "--follow", "bees"]
     first, second = good(capsys, "ask", store, "What spoils?", "And why?", *command)
+    assert first["earlier"] == [] and second["earlier"] == [
+        ["What spoils?", first["answer"].partition("\n")[0]]
+    ]
     turns = good(capsys, "list", store, "--namespace", "conversation/bees")
     assert [turn["metadata"]["question"] for turn in turns] == ["What spoils?", "And why?"]
     assert turns[0]["id"] in {own["id"] for own in second["sources"]}
+    code, out, _ = run(capsys, "ask", store, "And why?", *command)
+    assert code == 0 and "after: What spoils?" in out
     assert "cannot read an earlier version" in bad(capsys, "ask", store, "Why?", "--at", 2, *command)
     other = ["--namespace", "conversation/wasps"]
     assert "another conversation" in bad(capsys, "ask", store, "Why?", *command, *other)
