@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..modeling.errors import MemoryFormatError
 from . import database, records
 from .coding import FULL, LOW, TEXT, TIERS, Coding
 from .errors import UnknownDocumentError
@@ -101,6 +102,8 @@ def bytes_by_tier(coding: Coding, tokens: np.ndarray) -> np.ndarray:
 def tiers_of(connection: sqlite3.Connection, versions: Sequence[Version]) -> np.ndarray:
     """The tier [N] in which each version is stored."""
     files = records.segment_files(connection)
+    if not all(own.segment in files for own in versions):
+        raise MemoryFormatError("the store's database is damaged: a version is in an unknown segment")
     return np.array([files[own.segment].tier for own in versions], dtype=np.int64)
 
 

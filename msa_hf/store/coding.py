@@ -143,7 +143,7 @@ class Coding:
     def from_bytes(cls, provenance: Provenance, stored: bytes) -> "Coding":
         """What `to_bytes` gave. Raises MemoryFormatError if it does not fit the provenance."""
         try:
-            tensors = load(bytes(stored))
+            tensors = load(stored)
             means = {}
             for layer in provenance.settings.router_layers:
                 means |= {(layer, name): tensors.pop(f"means.{layer}.{name}") for name in ("keys", "values")}
@@ -154,7 +154,15 @@ class Coding:
                 if keys.shape != values.shape or (keys.shape[0], keys.shape[2]) != shape:
                     raise ValueError(f"the template head must have {shape} heads and dimensions")
             return cls(provenance, means, head)
-        except (SafetensorError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (
+            SafetensorError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             raise MemoryFormatError(f"the coders of the store are damaged: {error!r}") from error
 
     def _storage(self, key: Key, tier: int) -> Storage | None:

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -23,6 +23,11 @@ FILE, LOCK, SEGMENTS, READERS = "store.sqlite", "writer.lock", "segments", "read
 FORMAT, FORMAT_VERSION = "msa_hf store", 1
 APPLICATION_ID = 0x4D534148  # "MSAH", in the header of the file
 PATIENCE = 0.5  # seconds that a second writer waits before it gives up
+
+LARGEST = 1 << 53
+# Types of what `put` keeps, as far as it is read by name.
+KINDS = {"coding": bytes, "salt": bytes, "model": str, "erasing": bool}
+KINDS |= {"budget_bytes": int, "epoch": int, "oldest": int}
 
 TABLES = """
 CREATE TABLE store (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -170,15 +175,18 @@ def _check_format(connection: sqlite3.Connection, folder: Path) -> None:
         fresh.close()
     if stored != expected:
         differing = sorted(
-            str(name) for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)
+            str(name)
+            for kind, name in expected.keys() | stored.keys()
+            if expected.get((kind, name)) != stored.get((kind, name))
         )
         raise MemoryFormatError(f"the tables of {folder} are not those of a store: {', '.join(differing)}")
 
 
 def _schema(connection: sqlite3.Connection) -> dict:
-    """Everything that SQL could run or read, by name; tables that SQLite names itself may differ."""
-    rows = connection.execute("SELECT name, type, sql FROM sqlite_master").fetchall()
-    return {name: (kind, sql) for name, kind, sql in rows if not str(name).startswith("sqlite_stat")}
+    """Everything that SQL could run or read, by kind and name, but for the planner's statistics."""
+    rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
+    statistics = {("table", f"sqlite_stat{number}") for number in (1, 4)}
+    return {row[:2]: row[2:] for row in rows if row[:2] not in statistics}
 
 
 def put(connection: sqlite3.Connection, name: str, value: object) -> None:
@@ -188,14 +196,29 @@ def put(connection: sqlite3.Connection, name: str, value: object) -> None:
 
 
 def read(connection: sqlite3.Connection, name: str):
-    """What `put` kept; None where there is nothing. Raises MemoryFormatError if it cannot be read."""
+    """What `put` kept; None where there is nothing. Raises MemoryFormatError if it cannot be that."""
     row = connection.execute("SELECT value FROM store WHERE name=?", (name,)).fetchone()
-    if row is None or isinstance(row[0], bytes):
-        return row and row[0]
+    kind = KINDS.get(name)
+    if row is None and kind is not bytes:
+        return None
     try:
-        return json.loads(row[0])
+        value = row and (row[0] if isinstance(row[0], bytes) else json.loads(row[0]))
+        if kind is not None and (value is not None or kind is bytes):
+            checked((value,), (kind,), "values")
     except (TypeError, ValueError, RecursionError) as error:
         raise MemoryFormatError(f"the value {name!r} in the store's database is damaged: {error}") from error
+    return value
+
+
+def checked(row: tuple, kinds: Sequence[type | tuple[type, ...]], table: str) -> tuple:
+    """The row, whose values must be of these types; SQLite takes any value in any column.
+
+    Raises MemoryFormatError for others, and for whole numbers below 0 or so large that sums of them overflow.
+    """
+    for value, kind in zip(row, kinds):
+        if not isinstance(value, kind) or isinstance(value, int) and not 0 <= value < LARGEST:
+            raise MemoryFormatError(f"the table of {table} in the store's database is damaged: {value!r:.60}")
+    return row
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..modeling.errors import MemoryFormatError
+from .coding import TIERS
+from .database import checked
 from .journal import VISIBLE
 from .segments import SegmentFile
 
@@ -25,7 +27,13 @@ class Version:
     position: int
 
 
+_VERSION = (int, str, str, bytes, int, int, int)
+_FILE = (int, str, int, bytes, int, int)
 _COLUMNS = "versions.id, namespace, document, sha256, tokens, segment, position"
+
+
+def _version(row: tuple) -> Version:
+    return Version(*checked(row, _VERSION, "versions"))
 
 
 def digest(text: str) -> bytes:
@@ -47,7 +55,7 @@ def as_json(metadata: dict) -> str:
 def next_version(connection: sqlite3.Connection) -> int:
     """The number that the next version gets; none is ever used twice."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='versions'").fetchone()
-    return 1 if row is None else int(row[0]) + 1
+    return 1 if row is None else checked(row, (int,), "numbers")[0] + 1
 
 
 def visible_rows(
@@ -72,19 +80,19 @@ def find(connection: sqlite3.Connection, at: int, namespace: str, document: str)
         f"WHERE namespace = :namespace AND document = :document AND {VISIBLE}",
         {"at": at, "namespace": namespace, "document": document},
     ).fetchone()
-    return None if row is None else Version(*row)
+    return None if row is None else _version(row)
 
 
 def versions_of(connection: sqlite3.Connection, namespace: str, document: str) -> list[Version]:
     """All versions of a document that are kept, oldest first."""
     rows = f"SELECT {_COLUMNS} FROM versions WHERE namespace=? AND document=? ORDER BY id"
-    return [Version(*row) for row in connection.execute(rows, (namespace, document))]
+    return [_version(row) for row in connection.execute(rows, (namespace, document))]
 
 
 def in_segments(connection: sqlite3.Connection, segments: Sequence[int]) -> list[Version]:
     """All versions whose vectors are in these segments, by id."""
     rows = f"SELECT {_COLUMNS} FROM versions WHERE segment IN ({_marks(segments)}) ORDER BY id"
-    return [Version(*row) for row in connection.execute(rows, list(segments))]
+    return [_version(row) for row in connection.execute(rows, list(segments))]
 
 
 def texts(connection: sqlite3.Connection, versions: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -166,6 +174,8 @@ def events(
         "WHERE namespace=? AND document=? ORDER BY born",
         (namespace, document),
     ).fetchall()
+    for life in lives:
+        checked(life, (int, int, (int, type(None))), "lives")
     births = {born: version for version, born, _ in lives if born <= at}
     deaths = {died for *_, died in lives if died is not None and died <= at}
     for commit in sorted(births.keys() | deaths):
@@ -188,12 +198,18 @@ def segment_files(
         "SELECT id, name, bytes, sha256, documents, tier FROM segments ORDER BY id"
     ).fetchall()
     wanted = None if numbers is None else set(numbers)
-    return {row[0]: SegmentFile(*row[1:]) for row in rows if wanted is None or row[0] in wanted}
+    found = {}
+    for row in rows:
+        if wanted is None or row[0] in wanted:
+            found[row[0]] = SegmentFile(*checked(row, _FILE, "segments")[1:])
+            if found[row[0]].tier not in TIERS:
+                raise MemoryFormatError(f"the store's database is damaged: a segment of tier {row[-1]}")
+    return found
 
 
 def next_segment(connection: sqlite3.Connection) -> int:
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name='segments'").fetchone()
-    return 1 if row is None else int(row[0]) + 1
+    return 1 if row is None else checked(row, (int,), "numbers")[0] + 1
 
 
 def insert_segment(connection: sqlite3.Connection, number: int, file: SegmentFile) -> None:
@@ -236,7 +252,7 @@ def has_tombstone(connection: sqlite3.Connection, proof: bytes) -> bool:
 
 def all_versions(connection: sqlite3.Connection) -> list[Version]:
     """All versions that are kept, by id."""
-    return [Version(*row) for row in connection.execute(f"SELECT {_COLUMNS} FROM versions ORDER BY id")]
+    return [_version(row) for row in connection.execute(f"SELECT {_COLUMNS} FROM versions ORDER BY id")]
 
 
 def count_by_namespace(connection: sqlite3.Connection, at: int) -> dict[str, int]:
@@ -263,13 +279,15 @@ def count_use(connection: sqlite3.Connection, namespace: str, document: str, now
 def uses(connection: sqlite3.Connection) -> dict[tuple[str, str], tuple[int, float]]:
     """How often each document was used, and when last."""
     rows = connection.execute("SELECT namespace, document, count, last FROM uses")
-    return {(namespace, document): (count, last) for namespace, document, count, last in rows}
+    kinds = (str, str, int, (int, float))
+    return {row[:2]: row[2:] for row in (checked(row, kinds, "uses") for row in rows)}
 
 
 def births(connection: sqlite3.Connection, at: int) -> dict[int, float]:
     """When each version that is visible at commit `at` appeared."""
     rows = f"SELECT version, time FROM lives JOIN commits ON commits.id = born WHERE {VISIBLE}"
-    return dict(connection.execute(rows, {"at": at}).fetchall())
+    found = connection.execute(rows, {"at": at}).fetchall()
+    return dict(checked(row, (int, (int, float)), "commits") for row in found)
 
 
 def count_tokens(connection: sqlite3.Connection, tokens: dict[int, int]) -> None:

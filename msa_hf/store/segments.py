@@ -89,7 +89,10 @@ def join(segments: Sequence[Segment], sources: torch.Tensor, positions: torch.Te
     first = segments[0]
     tokens = torch.zeros_like(positions)
     for number, segment in enumerate(segments):
-        tokens[sources == number] = segment.token_counts[positions[sources == number]]
+        own = positions[sources == number]
+        if (own >= len(segment.token_counts)).any():
+            raise MemoryFormatError("a segment of the store does not hold the documents that it should")
+        tokens[sources == number] = segment.token_counts[own]
     storages: dict[Key, Storage | None] = {}
     for key, like in first.storages.items():
         storages[key] = None
@@ -137,8 +140,8 @@ def read_file(folder: Path, file: SegmentFile, coding: Coding) -> Segment:
     Raises MemoryFormatError if the file is missing, cut off, or not what is known about it.
     """
     path = folder / check_file_name(file.name, "the index")
-    check_size(path, file.bytes)
     try:
+        check_size(path, file.bytes)
         if file.tier not in TIERS:
             raise ValueError(f"tier must be one of {TIERS}; got {file.tier!r}")
         tensors = load_file(path)
@@ -150,6 +153,8 @@ def read_file(folder: Path, file: SegmentFile, coding: Coding) -> Segment:
         storages = {key: _storage(key, tensors, counts, coding, file.tier) for key in coding.keys}
         if tensors:
             raise ValueError(f"unknown tensors: {', '.join(sorted(tensors))}")
+    except MemoryFormatError:
+        raise
     except (SafetensorError, KeyError, TypeError, ValueError, OSError, RuntimeError) as error:
         raise MemoryFormatError(
             f"the segment {path} is damaged: {error!r}. Restore a copy, or re-encode its documents"

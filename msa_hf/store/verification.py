@@ -21,11 +21,11 @@ def verify(store: MemoryStore) -> list[str]:
     for check in (_check_pages, _check_words, _check_journal, _check_versions):
         try:
             problems += check(connection)
-        except (sqlite3.Error, MemoryFormatError) as error:
+        except (sqlite3.Error, TypeError, ValueError) as error:
             problems.append(f"{database.FILE}: {error}")
     try:
         files = records.segment_files(connection)
-    except (sqlite3.Error, TypeError) as error:
+    except (sqlite3.Error, TypeError, ValueError) as error:
         return [*problems, f"{database.FILE}: the table of segments cannot be read: {error}"]
     for number, file in files.items():
         problems += _check_segment(store, number, file)
