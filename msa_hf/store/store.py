@@ -162,6 +162,32 @@ class MemoryStore(StoreReader, StoreWriter):
             raise
         return store
 
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        model=None,
+        tokenizer=None,
+        token: str | bool | None = None,
+    ) -> MemoryStore:
+        """A new store in `path` with a memory that `msa-hf push memory` sent to the Hub.
+
+        Every file is checked against its SHA-256, and nothing that came from the Hub is ever run.
+
+        Args:
+            revision: branch, tag or, best, the commit that you looked at.
+            token: by default the one that huggingface_hub knows.
+
+        Raises what `from_export` raises; HubError, see `hub_errors`, where the memory cannot be had.
+        """
+        from ..hub import fetch_memory
+
+        _empty_folder(path)
+        return cls.from_export(path, fetch_memory(repo_id, revision=revision, token=token), model, tokenizer)
+
     def close(self) -> None:
         """Releases the store for other writers. Banks of it keep their vectors, but not their texts."""
         self.connection.close()
