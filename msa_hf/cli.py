@@ -22,6 +22,7 @@ from .arguments import (
     positive,
 )
 from .modeling.errors import MSAError
+from .push_cli import add_push
 from .store_cli import add_reading, add_store_commands
 
 _SUITES = {
@@ -88,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_calibrate_cache, _add_eval):
         add(subparsers)
     add_store_commands(subparsers)
+    add_push(subparsers)
     return parser
 
 
