@@ -55,6 +55,7 @@ class MSAGenerationMixin(GenerationMixin):
             resume_dir (`str`): keep finished batches there, so that an interrupted call goes on where it
                 stopped.
             metadata (`dict`): JSON-serialisable notes kept with the memory.
+            means (`dict`): of keys and values, where `memory_encoding.typical_means` is known already.
             numbers (`list[int]`): by which the prompt format "msa" calls the documents; default 0, 1, 2 ...
 
         Raises:

@@ -62,6 +62,7 @@ def encode_documents(
     resume_dir: str | Path | None = None,
     metadata: dict | None = None,
     numbers: list[int] | None = None,
+    means: dict[tuple[int, str], torch.Tensor] | None = None,
 ) -> MemoryBank:
     """See `MSAForCausalLM.encode_memory`."""
     config, settings = model.config, model.config.memory_settings
@@ -127,7 +128,7 @@ def encode_documents(
         fingerprint=model.fingerprint(),
         metadata=metadata or {},
         tokenizer=tokenizer,
-        means=typical_means(model, tokenizer),
+        means=typical_means(model, tokenizer) if means is None else means,
         numbers=numbers,
     )
 

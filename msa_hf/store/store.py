@@ -357,7 +357,12 @@ class MemoryStore(StoreReader, StoreWriter):
                 f"{self.path} was opened without its model, which encodes texts: give it to open()"
             )
         return self.model.encode_memory(
-            texts, self.tokenizer, batch_tokens=batch_tokens, progress=progress, numbers=numbers
+            texts,
+            self.tokenizer,
+            batch_tokens=batch_tokens,
+            progress=progress,
+            numbers=numbers,
+            means=self.coding.means,
         )
 
     def committed(self, version: int) -> None:
