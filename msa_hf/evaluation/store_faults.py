@@ -59,8 +59,8 @@ _PWRITE = 1 << failing_disk.CALLS.index("pwrite")
 ALL_SERIES = [([fault], 1) for fault in [*FAULTS, READING]]
 SHORT_SERIES = [
     ([replace(fault, kinds=failing_disk.WRITING & ~_PWRITE) for fault in FAULTS], 1),
-    ([replace(fault, kinds=_PWRITE) for fault in FAULTS], 7),
-    ([READING], 7),
+    ([replace(fault, kinds=_PWRITE) for fault in FAULTS], 13),
+    ([READING], 13),
 ]
 
 
@@ -89,7 +89,7 @@ class Case:
 def fail_everywhere(folder: Path, all_faults: bool, seed: int = 0) -> FaultReport:
     """Every fault at every call of every operation.
 
-    If not `all_faults`: one fault after another in turn, and of the many writes into files every seventh.
+    If not `all_faults`: one fault after another in turn, and of the many writes into files every 13th.
     """
     report, start = FaultReport(), time.perf_counter()
     inspector, disk = Inspector(tiny_model(), byte_tokenizer()), FailingDisk()
