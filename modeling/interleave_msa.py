@@ -227,6 +227,7 @@ def generative_interleave(
         raise ValueError(
             "num_return_sequences must be 1 with generative retrieval: every sample has rounds of its own"
         )
+    criteria = list(generate_options.pop("stopping_criteria", None) or [])
     dialogues = [_Dialogue(question, memory, tokenizer) for question in questions]
     for number in range(max_rounds):
         active = [dialogue for dialogue in dialogues if not dialogue.finished]
@@ -245,7 +246,7 @@ def generative_interleave(
             question_mask=routing.bool(),
             past_key_values=cache,
             max_new_tokens=tokens_per_round,
-            stopping_criteria=StoppingCriteriaList([StopAtMarker(tokenizer, ids.shape[1])]),
+            stopping_criteria=StoppingCriteriaList([*criteria, StopAtMarker(tokenizer, ids.shape[1])]),
             **{"do_sample": False, "pad_token_id": pad_id(tokenizer), **generate_options},
         )
         for row, dialogue in enumerate(active):
