@@ -46,6 +46,7 @@ from .modeling.calibration_files import Calibration, register_calibrations  # no
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
+from .question_answering import register as register_pipeline  # noqa: E402
 from .store import MemoryStore  # noqa: E402
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 register_calibrations(caches_folder())
+register_pipeline()
 AutoConfig.register(MSAConfig.model_type, MSAConfig, exist_ok=True)
 # Its from_dict gives a plain MSAConfig, so the models need no second registration.
 AutoConfig.register(MSAReferenceConfig.model_type, MSAReferenceConfig, exist_ok=True)

@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .modeling.interleave_msa import left_pad, pad_id
 from .modeling.memory_bank import MemoryBank
 from .store import MemoryStore, StoreError
 
@@ -72,6 +75,7 @@ def ask(
     mode: str | None = None,
     max_new_tokens: int = 32,
     earlier: Sequence[tuple[str, str]] = (),
+    **generate_options,
 ) -> Reply:
     """Answers one question from `memory`, a bank or that of a store: `store.bank()`.
 
@@ -83,13 +87,36 @@ def ask(
             choice, but "lexical" while its routers are untrained, whose ranking would only add noise.
         earlier: questions with their answers that this question refers to, oldest first. They route with it
             and stand before it in the prompt.
+        generate_options: streamer, stopping_criteria, do_sample and the like, for `generate`.
 
     Raises:
         ValueError: an empty question, or an option that `generate` refuses.
     """
-    question = question.strip()
-    if not question:
+    options = {"retrieval": retrieval, "k": k, "rounds": rounds, "mode": mode, **generate_options}
+    return ask_together(
+        model, tokenizer, memory, [question], max_new_tokens=max_new_tokens, earlier=[earlier], **options
+    )[0]
+
+
+def ask_together(
+    model,
+    tokenizer,
+    memory: MemoryBank,
+    questions: Sequence[str],
+    *,
+    retrieval: str = "auto",
+    k: int | None = None,
+    rounds: int | None = None,
+    mode: str | None = None,
+    max_new_tokens: int = 32,
+    earlier: Sequence[Sequence[tuple[str, str]]] | None = None,
+    **generate_options,
+) -> list[Reply]:
+    """Answers several questions in one batch; see `ask`. `earlier` has one list per question."""
+    questions = [question.strip() for question in questions]
+    if not all(questions):
         raise ValueError("the question must not be empty")
+    before = [()] * len(questions) if earlier is None else earlier
     retrieval = model.config.retrieval if retrieval == "auto" else retrieval
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if retrieval == "router":
@@ -100,28 +127,31 @@ def ask(
         options["top_k_documents"] = k
     if retrieval != "attention" and rounds is not None:
         options["max_rounds"] = rounds
-    inputs = tokenizer(with_earlier(question, earlier), return_tensors="pt", add_special_tokens=False).to(
-        model.device
-    )
+    texts = [with_earlier(question, own) for question, own in zip(questions, before)]
+    rows = [torch.tensor(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids, mask = left_pad(rows, pad_id(tokenizer), model.device)
     start = time.perf_counter()
     output = model.generate(
-        **inputs,
+        input_ids=ids,
+        attention_mask=mask,
         memory=memory,
         tokenizer=tokenizer,
         retrieval=retrieval,
-        do_sample=False,
         return_dict_in_generate=True,
-        **options,
+        **{"do_sample": False, **options, **generate_options},
     )
     seconds = time.perf_counter() - start
-    found = output.rounds[0] if output.rounds else []
-    sources = [
-        _source(memory, document, number, rank)
-        for number, part in enumerate(found, 1)
-        for rank, document in enumerate(part.documents, 1)
-    ]
     trained = bool(model.config.routers_trained)
-    return Reply(question, output.answers[0].strip(), sources, retrieval, trained, seconds, list(earlier))
+    replies = []
+    for row, question in enumerate(questions):
+        sources = [
+            _source(memory, document, number, rank)
+            for number, part in enumerate(output.rounds[row], 1)
+            for rank, document in enumerate(part.documents, 1)
+        ]
+        answer = output.answers[row].strip()
+        replies.append(Reply(question, answer, sources, retrieval, trained, seconds, list(before[row])))
+    return replies
 
 
 def with_earlier(question: str, earlier: Sequence[tuple[str, str]]) -> str:
