@@ -21,6 +21,7 @@ from .card_facts import ADAPTER_FILE, TRAINING_FILE, TRAINING_LOG, CardError, hu
 from .cards import REVISION, adapter_card, kernel_card, memory_card, model_card
 from .hub_errors import HubMissingError, PushRefusedError, translated
 from .kernel_export import VERSION, export_kernels
+from .local_places import hide_places
 from .outgoing import OutgoingFile, check_card, check_file, outgoing_files
 from .store.exchange import CODING, DOCUMENTS
 from .store.exchange import INDEX as EXPORT_INDEX
@@ -173,17 +174,21 @@ def plan_memory(
     namespaces: str | list[str] = "*",
     model: str | None = None,
     license: str | None = None,
+    keep_paths: bool = False,
 ) -> Push:
     """A push of what a store has now.
 
     Args:
         scratch: folder for the export, empty or absent; it must last until the push is done.
         namespaces: that go; all by default. model: on the Hub, the one that reads the memory.
-        license: of the documents.
+        license: of the documents. keep_paths: else, absolute paths of the files that documents came from
+            become relative to the folder that they have in common.
     """
     scratch, revision = Path(scratch), revision or REVISION
     if not store.export_to(scratch, namespaces):
         raise PushRefusedError(f"{store.path} has no documents in these namespaces: there is nothing to push")
+    if not keep_paths:
+        hide_places(scratch)
     index = read_json(scratch / EXPORT_INDEX)
     index["model"] = model or hub_name(index["model"])
     (scratch / EXPORT_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

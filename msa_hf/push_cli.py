@@ -65,6 +65,11 @@ def _add_memory(kinds) -> None:
     parser.add_argument("--namespace", action="append", metavar="NAME", help="may be repeated (default: all)")
     parser.add_argument("--model", metavar="REPO", help="on the Hub, the model that made the memory")
     parser.add_argument("--license", metavar="ID", help='of the documents (default "unknown")')
+    parser.add_argument(
+        "--keep-paths",
+        action="store_true",
+        help="keep absolute paths of the files that documents came from (default: relative to their folder)",
+    )
 
 
 def _add_kernels(kinds) -> None:
@@ -135,7 +140,8 @@ def _plan(options: argparse.Namespace, scratch: Path):
         return hub.plan_space(options.folder, options.repository, **chosen)
     from .store import MemoryStore
 
-    chosen |= {"namespaces": options.namespace or "*", "model": options.model, "license": options.license}
+    chosen |= {"namespaces": options.namespace or "*", "keep_paths": options.keep_paths}
+    chosen |= {"model": options.model, "license": options.license}
     with MemoryStore.open(options.store, read_only=True) as store:
         return hub.plan_memory(store, options.repository, scratch, **chosen)
 

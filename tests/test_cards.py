@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import tiny_backbone
-from hub_server import HubServer
-from huggingface_hub import DatasetCard, ModelCard, constants
+from hub_server import hub_of_this_process
+from huggingface_hub import DatasetCard, ModelCard
 from tiny_models import DOCUMENTS, MEMORY, tiny_model
 
 from msa_hf import MemoryStore, MSAForCausalLM, hub
@@ -56,16 +57,7 @@ def store(folder, tiny_tokenizer, tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub for this process."""
-    with HubServer(tmp_path / "hub") as server:
-        for name, value in server.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    with hub_of_this_process(tmp_path, monkeypatch) as server:
         yield server
 
 
@@ -107,8 +99,6 @@ def test_what_nobody_noted_is_unknown(folder, adapter):
 
 
 def test_notes_of_a_conversion_are_carried_over(folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "README.md").write_text("---\nlicense: llama3.2\nbase_model: maker/other\n---\n# Model\n")
     data = model_card(copy).data.to_dict()

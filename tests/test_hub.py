@@ -5,55 +5,29 @@ import os
 import signal
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
+from hub_cases import contents, filled_store, push, saved_model
+from hub_server import hub_of_this_process
 from huggingface_hub import constants, snapshot_download
 from tiny_models import DOCUMENTS, QUESTIONS, tiny_model
 from transformers import AutoTokenizer
 
-from msa_hf import MemoryStore, MSAForCausalLM, hub, kernel_export, outgoing, push_cli
-from msa_hf.card_facts import CardError
-from msa_hf.hub_errors import (
-    HubError,
-    HubForbiddenError,
-    HubMissingError,
-    HubRateLimitError,
-    HubTokenError,
-    HubUnreachableError,
-    PushRefusedError,
-)
-from msa_hf.modeling.errors import MemoryFormatError, MSAError
+from msa_hf import MemoryStore, MSAForCausalLM, hub, kernel_export
+from msa_hf.hub_errors import HubMissingError, PushRefusedError
+from msa_hf.modeling.errors import MemoryFormatError
 from msa_hf.store.errors import StoreError
 from msa_hf.training.adapter import save_router_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB_LIBRARY = "kernels==0.17.2"
-TOKEN = "hf_" + "aB3" * 12
-KEY = "-----BEGIN RSA PRIVATE KEY-----\n" + "MIIEpAIBAAKCAQEA" * 4
 LIMIT = 300  # seconds that a process may take on a busy machine
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_tokenizer, tmp_path_factory):
-    """A saved model in several shards."""
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder, max_shard_size="60KB")
-    tiny_tokenizer.save_pretrained(folder)
-    assert len(list(folder.glob("model-*.safetensors"))) >= 3
-    return folder
-
-
-@pytest.fixture
-def copy(folder, tmp_path):
-    """The saved model, to be changed."""
-    copy = tmp_path / "copy"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
+    return saved_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
 
 
 @pytest.fixture
@@ -64,40 +38,14 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def store(tiny_tokenizer, tmp_path):
-    with MemoryStore.create(tmp_path / "store", tiny_model(), tiny_tokenizer, model_path=tmp_path) as store:
-        store.add(DOCUMENTS, [f"d{i}" for i in range(len(DOCUMENTS))], metadata=[{"n": i} for i in range(7)])
-        store.add(["Of another namespace."], ["other"], "other")
+    with filled_store(tmp_path, tiny_tokenizer) as store:
         yield store
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub for this process."""
-    with HubServer(tmp_path / "hub") as server:
-        for name, value in server.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    with hub_of_this_process(tmp_path, monkeypatch) as server:
         yield server
-
-
-def contents(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
-
-
-def command(*words):
-    """Runs `msa-hf push ...` in this process."""
-    parser = ArgumentParser()
-    push_cli.add_push(parser.add_subparsers())
-    options = parser.parse_args(["push", *map(str, words)])
-    options.run(options)
 
 
 def python(code, server, *words, path=(ROOT,)):
@@ -121,7 +69,7 @@ def python(code, server, *words, path=(ROOT,)):
 
 
 def test_a_model_goes_in_one_commit_and_comes_back_byte_for_byte(folder, server):
-    command("model", folder, "user/model", "--message", "First model")
+    push("model", folder, "user/model", "--message", "First model")
     repository = server.repository("user/model")
     assert repository.messages == ["initial", "First model"] and not repository.private
     sent = server.files("user/model")
@@ -205,7 +153,7 @@ def test_an_adapter_tells_no_place_of_this_machine(adapter, tmp_path):
 
 
 def test_a_memory_comes_back_byte_for_byte(store, server, tmp_path, tiny_tokenizer):
-    command("memory", store.path, "user/memory", "--private", "--license", "cc0-1.0")
+    push("memory", store.path, "user/memory", "--private", "--license", "cc0-1.0")
     assert server.repository("user/memory", "dataset").private
     model = tiny_model()
     with MemoryStore.from_hub(
@@ -225,17 +173,39 @@ def test_a_memory_comes_back_byte_for_byte(store, server, tmp_path, tiny_tokeniz
     assert str(tmp_path) not in str(server.files("user/memory", "dataset"))
 
 
+def test_paths_of_this_machine_stay_here(store, server, tmp_path):
+    places = [f"{tmp_path}/papers/old/1843.txt", f"{tmp_path}/papers/new.txt", "/papers.jsonl is no path"]
+    store.add(
+        ["One.", "Two.", "Three."],
+        ["one", "two", "three"],
+        "files",
+        [{"source": places[0]}, {"source": "web", "file": places[1]}, {"title": places[2]}],
+    )
+    push("memory", store.path, "user/memory")
+    assert str(tmp_path).encode() not in server.files("user/memory", "dataset")["documents.jsonl"]
+    with MemoryStore.from_hub("user/memory", tmp_path / "fetched") as own:
+        assert own.verify() == [] and own.list("default") == store.list("default")
+        assert [document.metadata for document in own.list("files")] == [
+            {"source": "old/1843.txt"},
+            {"source": "web", "file": "new.txt"},
+            {"title": places[2]},
+        ]
+    push("memory", store.path, "user/memory", "--keep-paths")
+    with MemoryStore.from_hub("user/memory", tmp_path / "again") as own:
+        assert own.get("one", "files").metadata == {"source": places[0]}
+
+
 def test_namespaces_are_chosen(store, server, tmp_path):
-    command("memory", store.path, "user/memory", "--namespace", "other")
+    push("memory", store.path, "user/memory", "--namespace", "other")
     assert b"Seine" not in server.files("user/memory", "dataset")["documents.jsonl"]
     with MemoryStore.from_hub("user/memory", tmp_path / "fetched") as own:
         assert own.namespaces() == ["other"]
     with pytest.raises(PushRefusedError, match="no documents"):
-        command("memory", store.path, "user/memory", "--namespace", "nobody's")
+        push("memory", store.path, "user/memory", "--namespace", "nobody's")
 
 
 def test_kernels_lie_as_the_library_wants_them(server, tmp_path):
-    command("kernels", "user/kernels")
+    push("kernels", "user/kernels")
     repository = server.repository("user/kernels", "kernel")
     assert set(repository.branches) == {"main", "v1"}
     variant = kernel_export.export_kernels(tmp_path / "here")
@@ -244,7 +214,7 @@ def test_kernels_lie_as_the_library_wants_them(server, tmp_path):
         name: data for name, data in fetched.items() if name not in ("README.md", ".gitattributes")
     }
     before = dict(repository.branches)
-    command("kernels", "user/kernels")
+    push("kernels", "user/kernels")
     assert repository.branches == before, "nothing has changed, so nothing is committed"
 
 
@@ -280,20 +250,20 @@ def test_a_space_needs_an_app(server, tmp_path):
     folder.mkdir()
     (folder / "README.md").write_text("---\ntitle: T\nsdk: gradio\n---\n")
     with pytest.raises(PushRefusedError, match=r"no app\.py"):
-        command("space", "user/space", "--folder", folder)
+        push("space", "user/space", "--folder", folder)
     assert not server.requests
     (folder / "app.py").write_text("import gradio\n")
-    command("space", "user/space", "--folder", folder)
+    push("space", "user/space", "--folder", folder)
     assert server.files("user/space", "space")["app.py"] == b"import gradio\n"
     (folder / "README.md").write_text("# no settings\n")
     with pytest.raises(PushRefusedError, match="settings"):
-        command("space", "user/space", "--folder", folder)
+        push("space", "user/space", "--folder", folder)
 
 
 def test_another_branch(folder, server):
-    command("model", folder, "user/model")
+    push("model", folder, "user/model")
     first = server.repository("user/model").branches["main"]
-    command("model", folder, "user/model", "--revision", "tries/one", "--license", "mit")
+    push("model", folder, "user/model", "--revision", "tries/one", "--license", "mit")
     branches = server.repository("user/model").branches
     assert set(branches) == {"main", "tries/one"} and branches["main"] == first != branches["tries/one"]
     card = server.files("user/model", revision="tries/one")["README.md"].decode()
@@ -307,7 +277,7 @@ def test_shards_of_an_earlier_push_are_removed(folder, server):
     server.add(
         "user/model", {"model.safetensors": b"old", "model-00009.safetensors": b"old", "notes.txt": b"n"}
     )
-    command("model", folder, "user/model")
+    push("model", folder, "user/model")
     sent = server.files("user/model")
     assert "notes.txt" in sent and {name for name in sent if name.endswith(".safetensors")} == {
         path.name for path in folder.glob("*.safetensors")
@@ -315,7 +285,7 @@ def test_shards_of_an_earlier_push_are_removed(folder, server):
 
 
 def test_the_result_as_json(folder, server, capsys):
-    command("model", folder, "user/model", "--json")
+    push("model", folder, "user/model", "--json")
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["commits"] == {"main": server.repository("user/model").branches["main"]}
     assert result["url"] == f"{server.url}/user/model" and result["kind"] == "model"
@@ -363,223 +333,6 @@ def test_an_interrupted_fetch_goes_on_where_it_was(store, server, tmp_path, monk
             assert own.verify() == [] and len(own) == len(store)
     assert server.broken.is_set()
     assert "bytes=3000-" in [request.range for request in server.requests]
-
-
-# What must not go
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (".env", "A=1", "name of a secret"),
-        ("id_rsa", "x", "name of a secret"),
-        ("server.pem", "x", "name of a secret"),
-        (".ssh/config", "x", "name of a secret"),
-        ("credentials.json", "{}", "name of a secret"),
-        ("notes.txt", f"one\ntwo {TOKEN}\n", "a Hugging Face token in line 2"),
-        ("notes.json", json.dumps({"key": KEY}), "a private key in line 1"),
-        ("notes.md", KEY, "a private key in line 1"),
-        ("notes.py", "key = 'AKIA" + "ABCDEFGHIJKLMNOP'", "an AWS access key"),
-        ("notes.txt", "ghp_" + "a1B2" * 9, "a GitHub token"),
-        ("notes.txt", "x" * ((1 << 20) - 9) + " " + TOKEN, "a Hugging Face token in line 1"),
-        ("notes.txt", "\n" * (1 << 20) + "x" * 5000 + " " + TOKEN, "a Hugging Face token in line 1048577"),
-        ("pytorch_model.bin", "x", "can run code"),
-        ("optimizer.pt", "x", "can run code"),
-        ("state.pkl", "x", "can run code"),
-        ("core.exe", "x", "does not belong"),
-        ("Makefile", "x", "does not belong"),
-        ("extra.safetensors", "x", "cut off or no safetensors"),
-    ],
-)
-def test_what_is_refused(copy, server, name, text, message):
-    (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text(text)
-    with pytest.raises(PushRefusedError, match=message) as caught:
-        command("model", copy, "user/model")
-    assert name in str(caught.value) and TOKEN not in str(caught.value) and "\n" not in str(caught.value)
-    assert not server.requests, "nothing may be sent, not even asked"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "hf_model = load()",
-        "-----BEGIN RSA PRIVATE KEY----- is how it begins",
-        "task-" + "a" * 40,
-        "AKIA is short",
-    ],
-)
-def test_what_only_looks_like_a_secret_goes(copy, server, text):
-    (copy / "notes.txt").write_text(text)
-    command("model", copy, "user/model")
-    assert server.files("user/model")["notes.txt"] == text.encode()
-
-
-def test_documents_are_searched_for_secrets_too(store, server):
-    store.add([f"My token is {TOKEN}."], ["secret"])
-    with pytest.raises(PushRefusedError, match=r"documents\.jsonl holds a Hugging Face token in line 9"):
-        command("memory", store.path, "user/memory")
-    assert not server.requests
-
-
-def test_links_to_the_outside_are_refused(copy, server, tmp_path):
-    outside = tmp_path / "private.txt"
-    outside.write_text("private")
-    (copy / "notes.txt").symlink_to(outside)
-    with pytest.raises(PushRefusedError, match="outside"):
-        command("model", copy, "user/model")
-    (copy / "notes.txt").unlink()
-    (copy / "notes").symlink_to(tmp_path, target_is_directory=True)
-    with pytest.raises(PushRefusedError, match="link to a folder"):
-        command("model", copy, "user/model")
-    (copy / "notes").unlink()
-    (copy / "inside.txt").symlink_to(copy / "config.json")
-    command("model", copy, "user/model")
-    assert server.files("user/model")["inside.txt"] == (copy / "config.json").read_bytes()
-
-
-def test_files_over_the_limit_are_refused(copy, server, monkeypatch):
-    with open(copy / "extra.safetensors", "wb") as file:
-        file.truncate(outgoing.FILE_LIMIT + 1)  # takes no room on the disk
-    with pytest.raises(PushRefusedError, match="50 GB"):
-        command("model", copy, "user/model")
-    (copy / "extra.safetensors").unlink()
-    monkeypatch.setattr(outgoing, "CARD_LIMIT", 100)
-    with pytest.raises(PushRefusedError, match="card is larger"):
-        command("model", copy, "user/model")
-    assert not server.requests
-
-
-def test_incomplete_folders_are_refused(copy, adapter, server, tmp_path):
-    for name, message in (
-        ("tokenizer.json", "no tokenizer"),
-        ("modeling_msa.py", r"lacks its code \(modeling_msa\.py\)"),
-        ("model-00001-of-*.safetensors", "lacks model-00001"),
-        ("config.json", r"config\.json is missing"),
-    ):
-        [path] = copy.glob(name)
-        data = path.read_bytes()
-        path.unlink()
-        with pytest.raises(MSAError, match=message):
-            command("model", copy, "user/model")
-        path.write_bytes(data)
-    (adapter / "notes.txt").write_text("x")
-    with pytest.raises(PushRefusedError, match="belongs to no router adapter"):
-        command("adapter", adapter, "user/routers")
-    with pytest.raises(CardError, match="no folder"):
-        command("model", tmp_path / "absent", "user/model")
-    with pytest.raises(FileNotFoundError, match="no store"):
-        command("memory", copy, "user/memory")
-    with pytest.raises(ValueError, match="USER/NAME"):
-        command("model", copy, "model")
-    with pytest.raises(ValueError, match="USER/NAME"):
-        command("model", copy, "user/a model")
-    assert not server.requests
-
-
-def test_left_over_folders_of_tools_stay_here(copy, server):
-    for name in (".git/config", "__pycache__/a.pyc", ".cache/huggingface/x"):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        (copy / name).write_text(TOKEN)
-    command("model", copy, "user/model")
-    assert not [name for name in server.files("user/model") if "/" in name]
-
-
-# A dry run
-
-
-def test_a_dry_run_contacts_nothing(folder, store, adapter, server, capsys, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    command("model", folder, "user/model", "--dry-run", "--json")
-    plan = json.loads(capsys.readouterr().out)
-    sizes = {file["path"]: file["bytes"] for file in plan["files"]}
-    assert {name: sizes.pop(name) for name in contents(folder)} == {
-        path.name: path.stat().st_size for path in folder.iterdir()
-    }
-    assert sizes == {"README.md": len(plan["card"].encode())}
-    lfs = {file["path"] for file in plan["files"] if file["lfs"]}
-    assert lfs == {path.name for path in folder.glob("*.safetensors")}
-    command("memory", store.path, "user/memory", "--dry-run")
-    command("adapter", adapter, "user/routers", "--dry-run")
-    command("kernels", "user/kernels", "--dry-run")
-    printed = capsys.readouterr().out
-    assert "documents.jsonl" in printed and "license: unknown" in printed and "# kernels" in printed
-    assert printed.count("nothing was sent") == 3
-    assert not server.requests and not server.repositories
-
-
-# Errors
-
-
-def test_a_bad_token(folder, server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "nobody's")
-    with pytest.raises(HubTokenError, match="does not know this token") as caught:
-        command("model", folder, "user/model")
-    assert "\n" not in str(caught.value) and "nobody's" not in str(caught.value)
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubTokenError, match="needs a token"):
-        command("model", folder, "user/model")
-
-
-def test_no_right_to_write(folder, server, monkeypatch):
-    with pytest.raises(HubForbiddenError, match="another/model"):
-        command("model", folder, "another/model")
-    monkeypatch.setenv("HF_TOKEN", "reader")
-    server.add("user/model", {"a.txt": b"a"})
-    with pytest.raises(HubForbiddenError, match="right to write"):
-        command("model", folder, "user/model")
-
-
-def test_a_missing_repository_or_revision(store, server, tmp_path, monkeypatch):
-    hub.send(hub.plan_memory(store, "user/memory", tmp_path / "export"), private=True)
-    with pytest.raises(HubMissingError, match="user/absent is not on the Hub"):
-        MemoryStore.from_hub("user/absent", tmp_path / "fetched")
-    with pytest.raises(HubMissingError, match="no such revision"):
-        MemoryStore.from_hub("user/memory", tmp_path / "fetched", revision="absent")
-    monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(HubMissingError, match="may not see it"):
-        MemoryStore.from_hub("user/memory", tmp_path / "fetched")
-    assert not (tmp_path / "fetched").exists()
-
-
-def test_too_many_requests_and_a_failing_hub(folder, server):
-    with server.refusing("/repos/create", 429, message="slow down", headers={"Retry-After": "30"}):
-        with pytest.raises(HubRateLimitError, match="30 seconds"):
-            command("model", folder, "user/model")
-    with server.refusing("/repos/create", 500):
-        with pytest.raises(HubUnreachableError, match=r"fails \(500\)"):
-            command("model", folder, "user/model")
-    with server.refusing("/commit/", 413, message="too much"):
-        with pytest.raises(HubError, match=r"\(413\): too much"):
-            command("model", folder, "user/model")
-    command("model", folder, "user/model")
-
-
-def test_offline_and_without_network(folder, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for attempt in (
-        lambda: command("model", folder, "user/model"),
-        lambda: MemoryStore.from_hub("user/memory", tmp_path / "fetched"),
-    ):
-        with pytest.raises(HubUnreachableError, match="HF_HUB_OFFLINE") as caught:
-            attempt()
-        assert "\n" not in str(caught.value)
-    assert not server.requests
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    server.__exit__()
-    for attempt in (
-        lambda: command("model", folder, "user/model"),
-        lambda: MemoryStore.from_hub("user/memory", tmp_path / "fetched"),
-    ):
-        with pytest.raises(HubUnreachableError, match="cannot be reached"):
-            attempt()
-
-
-def test_private_is_not_promised_for_a_public_repository(folder, server):
-    server.add("user/model", {"a.txt": b"a"})
-    with pytest.raises(PushRefusedError, match="already and public"):
-        command("model", folder, "user/model", "--private")
-    assert set(server.files("user/model")) == {"a.txt"}
 
 
 # A memory from a stranger
