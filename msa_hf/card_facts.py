@@ -243,7 +243,7 @@ def _noted(folder: Path) -> dict[str, Any]:
     if (folder / NOTES_FILE).is_file():
         return read_json(folder / NOTES_FILE)
     card = folder / "README.md"
-    if not card.is_file():
+    if not card.is_file() or not card.read_text(encoding="utf-8").startswith("---"):
         return {}
     try:
         data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()

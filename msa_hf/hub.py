@@ -13,13 +13,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
+from huggingface_hub import __version__ as hub_version
 from huggingface_hub.utils import validate_repo_id
 
 from . import __version__
 from .card_facts import ADAPTER_FILE, TRAINING_FILE, TRAINING_LOG, CardError, hub_name, read_json
 from .cards import REVISION, adapter_card, kernel_card, memory_card, model_card
-from .hub_errors import HubMissingError, PushRefusedError, translated
+from .hub_errors import HubError, HubMissingError, PushRefusedError, translated
 from .kernel_export import VERSION, export_kernels
 from .local_places import hide_places
 from .outgoing import OutgoingFile, check_card, check_file, outgoing_files
@@ -238,6 +239,8 @@ def send(
 
     Raises HubError, see `hub_errors`: bad token, no right, no network, rate limit.
     """
+    if push.repo_type not in getattr(constants, "REPO_TYPES_WITH_KERNEL", constants.REPO_TYPES):
+        raise HubError(f"huggingface_hub {hub_version} knows no {push.repo_type} repositories: upgrade it")
     api = HfApi(token=token, library_name="msa_hf", library_version=__version__)
     message = message or f"msa-hf push {push.kind}"
     where: dict[str, Any] = {"repo_id": push.repository, "repo_type": push.repo_type}

@@ -89,7 +89,8 @@ def _push_command(kinds, kind: str, *lines: str) -> argparse.ArgumentParser:
         f"send {_KINDS[kind]}",
         "The repository is made where it is missing, and gets one commit. After an interruption the same\n"
         "command goes on: what was uploaded is not uploaded again. The token is the one of `hf auth login`\n"
-        "or HF_TOKEN. Files that look like secrets, pickles and links to the outside are refused.",
+        "or HF_TOKEN. Files that look like secrets, pickles and links to the outside are refused."
+        + ("" if kind == "space" else " README.md is\nthe card, which is written anew from what is known."),
         *lines,
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would go; contacts nothing")

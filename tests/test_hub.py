@@ -379,6 +379,14 @@ def test_a_revision_is_pinned(store, server, tmp_path):
         assert len(own) == len(store)
 
 
+def test_a_memory_that_was_fetched_needs_no_network(store, server, tmp_path, monkeypatch):
+    hub.send(hub.plan_memory(store, "user/memory", tmp_path / "export"))
+    MemoryStore.from_hub("user/memory", tmp_path / "first").close()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with MemoryStore.from_hub("user/memory", tmp_path / "second") as own:
+        assert own.verify() == [] and len(own) == len(store)
+
+
 def test_a_repository_without_a_memory(server, tmp_path):
     server.add("user/data", {"data.jsonl": b"{}\n"}, "dataset")
     with pytest.raises(HubMissingError, match="holds no memory"):

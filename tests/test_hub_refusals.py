@@ -269,6 +269,13 @@ def test_offline_and_without_network(folder, server, tmp_path, monkeypatch):
             attempt()
 
 
+def test_a_library_that_is_too_old_for_kernels(server, monkeypatch):
+    monkeypatch.setattr(constants, "REPO_TYPES_WITH_KERNEL", constants.REPO_TYPES)
+    with pytest.raises(HubError, match="upgrade"):
+        push("kernels", "user/kernels")
+    assert not server.requests
+
+
 def test_private_is_not_promised_for_a_public_repository(folder, server):
     server.add("user/model", {"a.txt": b"a"})
     with pytest.raises(PushRefusedError, match="already and public"):
