@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .configs import preset, presets, routers_folder
+from .conversion import NOTES_FILE
 from .modeling.configuration_msa import MSAConfig
 from .modeling.errors import MemoryFormatError, MSAError
 from .modeling.memory_files import file_sha256
@@ -29,7 +30,6 @@ from .training.adapter import SETTINGS_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     from .store import MemoryStore
 
-NOTES_FILE = "msa_conversion.json"  # {"base_model": ..., "license": ...}, written by a conversion
 MEASURED = "measured"  # the group of configs with measured results
 UNKNOWN_LICENSE = "unknown"
 ADAPTER_FILE = "adapter_config.json"

