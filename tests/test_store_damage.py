@@ -59,7 +59,7 @@ def test_the_trial_notices_errors_crashes_and_silence(tmp_path, monkeypatch):
         now.append(number)
         shutil.copytree(base, place)
         if number == 1:
-            store_damage.os.kill(store_damage.os.getpid(), store_damage.signal.SIGSEGV)
+            store_damage.os.kill(store_damage.os.getpid(), store_damage.signal.SIGUSR1)
         return Damaged("none", must_be_found=number == 2)
 
     def stats(store):
