@@ -4,6 +4,7 @@ from setuptools import setup
 
 PACKAGE_DIR = {
     "msa_hf": "msa_hf",
+    "msa_hf.serving": "msa_hf/serving",
     "msa_hf.store": "msa_hf/store",
     "msa_hf.training": "msa_hf/training",
     "msa_hf.evaluation": "msa_hf/evaluation",

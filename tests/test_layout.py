@@ -77,7 +77,17 @@ MODELING_MAY_IMPORT = sys.stdlib_module_names | {
     "huggingface_hub",
     "tqdm",
 }
-ONLY_INSIDE_FUNCTIONS = {"peft", "gradio", "pypdf", "datasets", "gguf", "accelerate", "matplotlib"}
+ONLY_INSIDE_FUNCTIONS = {
+    "peft",
+    "gradio",
+    "pypdf",
+    "datasets",
+    "gguf",
+    "accelerate",
+    "matplotlib",
+    "starlette",
+    "uvicorn",
+}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "marshal", "dill", "cloudpickle", "shelve", "joblib"}
 
 

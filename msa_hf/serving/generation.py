@@ -34,7 +34,7 @@ class Answered:
     retrieval: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Generation:
     """An answer in the making. `answer` runs in a thread; everything else may be called from anywhere.
 

@@ -71,8 +71,11 @@ class Service:
         """
         await self.turns.take(access.name, max(0.0, generation.deadline - time.monotonic()))
         self._running.add(generation)
-        loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._generators, self._generate, generation)
+        try:
+            work = asyncio.get_running_loop().run_in_executor(self._generators, self._generate, generation)
+        except BaseException:
+            self._ended(generation)
+            raise
         work.add_done_callback(lambda _: self._ended(generation))
         try:
             answered = await asyncio.shield(work)
