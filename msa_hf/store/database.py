@@ -20,6 +20,7 @@ from . import lexical_view
 from .errors import StoreLockedError, translated
 
 FILE, LOCK, SEGMENTS, READERS = "store.sqlite", "writer.lock", "segments", "readers"
+UNFINISHED = f"{FILE}.new"
 FORMAT, FORMAT_VERSION = "msa_hf store", 1
 APPLICATION_ID = 0x4D534148  # "MSAH", in the header of the file
 PATIENCE = 0.5  # seconds that a second writer waits before it gives up
@@ -58,28 +59,46 @@ CREATE TABLE tombstones (digest BLOB PRIMARY KEY, time REAL NOT NULL) WITHOUT RO
 def create(folder: Path, values: dict[str, object]) -> sqlite3.Connection:
     """A new database in `folder`, with `values` in its table `store`, and the folder of segments.
 
-    Where that fails it removes what it has made, as far as the disk permits.
+    The database gets its name when it is complete: what dies before has made no store.
     """
-    connection = None
+    unfinished = folder / UNFINISHED
+    for name in _with_companions(UNFINISHED):
+        (folder / name).unlink(missing_ok=True)
+    (folder / SEGMENTS).mkdir(exist_ok=True)
+    connection = _connect(f"file:{quote(str(unfinished))}?mode=rwc")
     try:
-        (folder / SEGMENTS).mkdir()
-        connection = _connect(f"file:{quote(str(folder / FILE))}?mode=rwc")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         connection.execute("PRAGMA journal_mode=WAL")
         _configure(connection)
         with transaction(connection):
             _fill(connection, values)
+        if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise sqlite3.OperationalError("database is locked")
+    finally:
+        connection.close()
+    sync_file(unfinished)
+    os.replace(unfinished, folder / FILE)
+    try:
         sync_folder(folder)
+        return connect(folder, read_only=False)
     except BaseException:
-        if connection is not None:
-            connection.close()
-        for name in (FILE, f"{FILE}-wal", f"{FILE}-shm", f"{FILE}-journal"):
+        for name in _with_companions(FILE):
             with suppress(OSError):
                 (folder / name).unlink()
-        with suppress(OSError):
-            (folder / SEGMENTS).rmdir()
         raise
-    return connection
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds nothing but what `create` leaves when it dies."""
+    remains = {LOCK, SEGMENTS, *_with_companions(UNFINISHED)}
+    segments = folder / SEGMENTS
+    return {path.name for path in folder.iterdir()} <= remains and not (
+        segments.exists() and (not segments.is_dir() or any(segments.iterdir()))
+    )
+
+
+def _with_companions(name: str) -> list[str]:
+    return [name, f"{name}-wal", f"{name}-shm", f"{name}-journal"]
 
 
 def _fill(connection: sqlite3.Connection, values: dict[str, object]) -> None:
@@ -93,6 +112,12 @@ def _fill(connection: sqlite3.Connection, values: dict[str, object]) -> None:
     )
     for name, value in {"format": FORMAT, "format_version": FORMAT_VERSION, **values}.items():
         put(connection, name, value)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the content of a file is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

@@ -387,8 +387,7 @@ def check_model(provenance: Provenance, model, tokenizer) -> None:
 
 def _empty_folder(path: str | Path) -> Path:
     path = Path(path)
-    strangers = path.is_dir() and any(own.name != database.LOCK for own in path.iterdir())
-    if path.exists() and (not path.is_dir() or strangers):
+    if path.exists() and not (path.is_dir() and database.is_unfinished(path)):
         raise StoreError(f"{path} exists and is not an empty folder: open it, or choose another place")
     return path
 
