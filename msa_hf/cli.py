@@ -23,6 +23,7 @@ from .arguments import (
 )
 from .modeling.errors import MSAError
 from .push_cli import add_push
+from .serve_cli import add_serve
 from .store_cli import add_reading, add_store_commands
 
 _SUITES = {
@@ -90,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(subparsers)
     add_store_commands(subparsers)
     add_push(subparsers)
+    add_serve(subparsers)
     return parser
 
 
