@@ -628,6 +628,43 @@ def test_documents_are_added_listed_read_and_deleted(served):
     assert served.service.store.was_forgotten(added.json()["ids"][1], "keys")
 
 
+def test_questions_are_answered_while_documents_are_encoded(served, monkeypatch):
+    begun, go_on, encode = threading.Event(), threading.Event(), type(served.service.model).encode_memory
+
+    def slow(self, *args, **kwargs):
+        begun.set()
+        assert go_on.wait(HANG)
+        return encode(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(served.service.model), "encode_memory", slow)
+    own = {"documents": [{"id": "late", "text": "Late."}], "namespace": "late"}
+    with ThreadPoolExecutor(1) as pool:
+        uploading = pool.submit(served.http().post, "/v1/memory/documents", json=own)
+        try:
+            assert begun.wait(HANG)
+            assert served.openai().chat.completions.create(**body()).choices
+            assert served.http().get("/v1/memory/documents/late?namespace=late").status_code == 404
+        finally:
+            go_on.set()
+        assert uploading.result().status_code == 200
+    assert served.http().get("/v1/memory/documents/late?namespace=late").json()["text"] == "Late."
+
+
+def test_uploads_have_the_vectors_that_the_store_would_give(served, model, tiny_tokenizer, tmp_path):
+    texts = ["One is a number.", "Two is a number, too.", "Three."]
+    own = {"documents": [{"text": text} for text in texts], "namespace": "vectors"}
+    assert served.http().post("/v1/memory/documents", json=own).status_code == 200
+    with MemoryStore.create(tmp_path / "other", model, tiny_tokenizer) as other:
+        ids = other.add(texts)
+        assert [document.id for document in served.service.store.list("vectors")] == ids
+        for question in (QUESTION, "Which number?"):
+            scores = [
+                model.route_questions([question], store.bank(name), tiny_tokenizer)
+                for store, name in ((served.service.store, "vectors"), (other, "default"))
+            ]
+            assert all(scores[0][layer].equal(scores[1][layer]) for layer in scores[1])
+
+
 def test_json_lines_are_uploaded(served):
     lines = "\n".join(json.dumps({"id": f"line {n}", "text": f"Line {n}."}) for n in range(3)) + "\n\n"
     headers = {"Content-Type": "application/jsonl; charset=utf-8"}

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from . import chat, metrics
 from .bodies import read_body
-from .documents import document, upload
+from .documents import add, document, upload
 from .errors import RequestError, request_error
 from .responses import model, models
 from .service import Service
@@ -72,9 +72,7 @@ def build_app(service: Service):
         kind = request.headers.get("content-type", "")
         given = await service.read(upload, body, kind, dict(request.query_params))
         namespace = access.one(given.namespace)
-        ids = await service.write(
-            service.store.add, given.texts, given.ids, namespace, given.metadata, if_exists=given.if_exists
-        )
+        ids = await service.write(add, service.store, given, namespace)
         service.metrics.count("msa_documents_changed_total", len(ids), kind="added")
         return JSONResponse({"object": "list", "namespace": namespace, "ids": ids})
 

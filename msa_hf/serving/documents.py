@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..store import StoredDocument
+from ..store import DocumentExistsError, MemoryStore, StoredDocument, UnknownDocumentError
+from ..store.drafts import drafts_of
 from .errors import RequestError
 from .protocol import parse_json
 
@@ -53,6 +54,39 @@ def upload(body: bytes, content_type: str, query: Mapping[str, str]) -> Upload:
     checked = [_document(one, f"documents[{index}]") for index, one in enumerate(documents)]
     texts, ids, metadata = (list(column) for column in zip(*checked))
     return Upload(texts, ids, metadata, namespace, if_exists)
+
+
+def add(store: MemoryStore, given: Upload, namespace: str) -> list[str]:
+    """Adds an upload in one commit, see `MemoryStore.add`; the ids. Of one thread at a time.
+
+    What is new is encoded before the store is touched, so that others read it meanwhile.
+    """
+    columns = (given.texts, given.ids, given.metadata)
+    drafts_of(given.texts, given.ids, namespace, given.metadata)  # what is wrong is said before the work
+    if store.provenance.settings.prompt_format == "msa":
+        # Its vectors hold the numbers that the store gives, so that the store must encode.
+        return store.add(given.texts, given.ids, namespace, given.metadata, if_exists=given.if_exists)
+    new = [row for row in zip(*columns) if not _is_settled(store, *row, namespace, given.if_exists)]
+    if new:
+        texts, ids, metadata = (list(column) for column in zip(*new))
+        bank = store.model.encode_memory(texts, store.tokenizer)
+        store.add_bank(bank, ids, namespace, metadata, if_exists=given.if_exists)
+    return given.ids
+
+
+def _is_settled(store: MemoryStore, text: str, own: str, metadata: dict, namespace: str, if_exists) -> bool:
+    """Whether there is nothing to add. Raises DocumentExistsError where there must not be something else."""
+    try:
+        known = store.get(own, namespace)
+    except UnknownDocumentError:
+        return False
+    if if_exists == "keep" or (known.text == text and known.metadata == metadata):
+        return True
+    if if_exists == "error":
+        raise DocumentExistsError(
+            f"document {own!r} exists in namespace {namespace!r} with another content: send if_exists=update"
+        )
+    return False
 
 
 def _line(line: bytes, number: int) -> Any:
