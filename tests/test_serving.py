@@ -131,6 +131,7 @@ def served(tmp_path_factory, model, tiny_tokenizer):
 def gate(monkeypatch):
     """While it is closed, every generation stands still at its second token, unless it is told to stop."""
     opened = threading.Event()
+    opened.watches = []
 
     class Gate(StoppingCriteria):
         def __init__(self, watch):
@@ -143,6 +144,7 @@ def gate(monkeypatch):
             return self.watch(input_ids, scores, **kwargs)
 
     def gated(*args, stopping_criteria, **options):
+        opened.watches.append(stopping_criteria[0])
         return ask(*args, stopping_criteria=[Gate(stopping_criteria[0])], **options)
 
     monkeypatch.setattr(generation, "ask", gated)
@@ -291,6 +293,21 @@ def test_many_clients_at_once_get_their_own(served):
         assert [source["namespace"] for source in sources] == [f"client-{number}"]
 
 
+def test_generations_at_once_do_not_mix(tmp_path, model, tiny_tokenizer):
+    with serving(tmp_path / "store", model, tiny_tokenizer, concurrent=4) as own:
+        questions = [f"Which river is number {number}?" for number in range(8)]
+        names = ["default", "food"] * 4
+        wanted = [expected(own, *pair).answer for pair in zip(questions, names)]
+
+        def one(pair):
+            memory = {"namespaces": [pair[1]]}
+            found = own.openai().chat.completions.create(**body(pair[0]), extra_body={"memory": memory})
+            return found.choices[0].message.content
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(one, zip(questions, names))) == wanted
+
+
 # Clients that go away, or do not come to the point
 
 
@@ -302,6 +319,7 @@ def test_a_client_that_leaves_ends_its_generation(served, gate, stream):
         served.wait_for("msa_running", 1)
     served.wait_for('msa_generations_total{outcome="cancelled"}', before + 1)
     wait_until(lambda: served.metric("msa_running") == 0)
+    assert gate.watches[-1].completion_tokens < 5  # of 100
 
 
 def test_a_stream_that_is_aborted_ends_its_generation(served, gate):
