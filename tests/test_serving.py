@@ -25,6 +25,7 @@ from transformers import StoppingCriteria
 
 from msa_hf import MemoryStore
 from msa_hf.asking import ask
+from msa_hf.modeling.errors import MSAError
 from msa_hf.serve_cli import add_serve
 from msa_hf.serving import generation
 from msa_hf.serving.answer_text import AnswerText
@@ -867,6 +868,11 @@ def test_nothing_acknowledged_is_lost_by_a_kill_and_sigterm_ends_in_order(tmp_pa
         assert running.wait(HANG) == 0
     with MemoryStore.open(store, model, tiny_tokenizer) as opened:
         assert opened.verify() == [] and set(acknowledged) <= {one.id for one in opened.list()}
+
+
+def test_a_port_that_is_taken_says_so(served):
+    with pytest.raises(MSAError, match=f"port {_address(served)[1]}"):
+        bind(*_address(served))
 
 
 def test_options_of_the_command(capsys):

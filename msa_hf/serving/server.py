@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 
+from ..modeling.errors import MSAError
 from .app import build_app
 from .service import Service
 
@@ -15,7 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises OSError."""
+    """A listening socket; port 0 takes a free one. Raises MSAError if it cannot be had."""
+    try:
+        return _listener(host, port)
+    except OSError as error:
+        raise MSAError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from error
+
+
+def _listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
