@@ -6,7 +6,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from .arguments import command
+from .arguments import command, examples
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,10 @@ def add_push(subparsers) -> None:
         help="send a model, routers, a memory or the kernels to the Hugging Face Hub",
         description="Send something to the Hugging Face Hub.\n\n"
         + "\n".join(f"{name:10} {what}" for name, what in _KINDS.items()),
+        epilog=examples(
+            "msa-hf push model ./smol-msa USER/smol-msa --dry-run       # what would go; contacts nothing",
+            "msa-hf push memory ./store USER/notes --private --model USER/smol-msa",
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)

@@ -335,9 +335,14 @@ def test_examples_parse():
     """Every example in the help is a command line that the parser takes."""
     import shlex
 
+    def parsers(parser):
+        yield parser
+        for action in parser._actions:
+            for below in action.choices.values() if isinstance(action.choices, dict) else ():
+                yield from parsers(below)
+
     parser = build_parser()
-    commands_of = next(a for a in parser._actions if hasattr(a, "choices") and a.choices)
-    helps = [parser, *commands_of.choices.values()]
+    helps = list(parsers(parser))
     lines = [line.strip() for p in helps for line in p.epilog.splitlines() if line.startswith("  msa-hf")]
     assert len(lines) > 12
     for line in lines:
