@@ -26,7 +26,7 @@ from .local_places import hide_places
 from .outgoing import OutgoingFile, check_card, check_file, outgoing_files
 from .store.exchange import CODING, DOCUMENTS
 from .store.exchange import INDEX as EXPORT_INDEX
-from .training.adapter import SETTINGS_FILE, WEIGHTS_FILE
+from .training.adapter import FEATURES_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     from .store import MemoryStore
@@ -153,7 +153,7 @@ def plan_adapter(
 ) -> Push:
     """A push of a folder that train-router wrote; arguments and errors as of `plan_model`."""
     folder, revision = _folder(folder), revision or REVISION
-    files = outgoing_files(folder, _MODEL_SUFFIXES, ignored=(CARD,))
+    files = outgoing_files(folder, _MODEL_SUFFIXES, ignored=(CARD, FEATURES_FOLDER))
     if strange := sorted({file.path for file in files} - set(_ADAPTER_FILES)):
         raise PushRefusedError(f"{folder / strange[0]} belongs to no router adapter: move it elsewhere")
     card = adapter_card(folder, repository, revision=revision, base_model=base_model, license=license)

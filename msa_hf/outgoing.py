@@ -61,7 +61,7 @@ def outgoing_files(
 
     Args:
         suffixes: of the files that this kind of folder holds; "" is for LICENSE and the like.
-        ignored: paths that are left out.
+        ignored: paths that are left out, of folders with all that is in them.
 
     Raises:
         PushRefusedError: naming the first file that must not go, and why.
@@ -69,7 +69,7 @@ def outgoing_files(
     files = []
     for path in _walk(folder):
         name = path.relative_to(folder).as_posix()
-        if name in ignored:
+        if any(name == left_out or name.startswith(f"{left_out}/") for left_out in ignored):
             continue
         check_name(path, name)
         if not path.resolve().is_relative_to(folder.resolve()):

@@ -281,3 +281,14 @@ def test_private_is_not_promised_for_a_public_repository(folder, server):
     with pytest.raises(PushRefusedError, match="already and public"):
         push("model", folder, "user/model", "--private")
     assert set(server.files("user/model")) == {"a.txt"}
+
+
+def test_what_training_keeps_beside_an_adapter_stays_here(adapter):
+    """train-router leaves the backbone's states in `features`, for later runs; nothing else is left out."""
+    (adapter / "features" / "1a2b").mkdir(parents=True)
+    (adapter / "features" / "1a2b" / "documents-000.npy").write_bytes(b"states")
+    sent = {file.path for file in hub.plan_adapter(adapter, "me/routers").files}
+    assert "adapter_model.safetensors" in sent and not any("features" in name for name in sent)
+    (adapter / "states.npy").write_bytes(b"states")
+    with pytest.raises(PushRefusedError, match="states.npy"):
+        hub.plan_adapter(adapter, "me/routers")

@@ -15,6 +15,7 @@ from torch import nn
 
 ROUTERS = ("router_q_proj", "router_k_proj")
 SETTINGS_FILE, WEIGHTS_FILE = "msa_router.json", "adapter_model.safetensors"
+FEATURES_FOLDER = "features"  # beside them: states of the backbone, kept for later runs of the training
 SETTINGS = (
     "router_layers", "chunk_size", "router_chunk_size", "score_normalization", "head_reduction",
     "query_reduction", "chunk_reduction", "consensus_weights",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .adapter import router_weights, save_router_adapter
+from .adapter import FEATURES_FOLDER, router_weights, save_router_adapter
 from .features import encode_features
 from .layer_router import LayerRouter
 from .layer_training import LayerTrainer, RouterTrainingConfig, TrainingQuestions
@@ -65,7 +65,7 @@ def train_router(
         tokenizer,
         data.questions,
         data.documents,
-        features_dir or output_dir / "features",
+        features_dir or output_dir / FEATURES_FOLDER,
         batch_tokens,
         progress,
     )
