@@ -1,12 +1,14 @@
 """A writer that is killed at any moment leaves a whole store, with everything that it had acknowledged."""
 
 import os
+import sqlite3
 
 import pytest
 from tiny_models import tiny_model
 
 from msa_hf.evaluation import store_crashes
 from msa_hf.evaluation.store_crashes import kill_often
+from msa_hf.modeling.errors import MSAError
 from msa_hf.store import MemoryStore, StoreError
 
 needs_fork = pytest.mark.skipif(
@@ -51,3 +53,17 @@ def test_a_creation_that_died_can_be_repeated(tmp_path, tiny_tokenizer, monkeypa
     assert {path.name for path in folder.iterdir()} == {"store.sqlite", "segments", "writer.lock"}
     with pytest.raises(StoreError, match="is not an empty folder"):
         MemoryStore.create(folder, model, tiny_tokenizer)
+
+
+def test_a_creation_whose_last_step_fails_leaves_nothing(tmp_path, tiny_tokenizer, monkeypatch):
+    model, folder = tiny_model(), tmp_path / "store"
+
+    def fail(self):
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("msa_hf.store.journal.Journal.newest", fail)
+        with pytest.raises(MSAError):
+            MemoryStore.create(folder, model, tiny_tokenizer)
+    with MemoryStore.create(folder, model, tiny_tokenizer) as store:
+        assert len(store) == 0

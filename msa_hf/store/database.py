@@ -82,10 +82,15 @@ def create(folder: Path, values: dict[str, object]) -> sqlite3.Connection:
         sync_folder(folder)
         return connect(folder, read_only=False)
     except BaseException:
-        for name in _with_companions(FILE):
-            with suppress(OSError):
-                (folder / name).unlink()
+        discard(folder)
         raise
+
+
+def discard(folder: Path) -> None:
+    """Removes the database of a store that could not be made, as far as the disk permits."""
+    for name in _with_companions(FILE):
+        with suppress(OSError):
+            (folder / name).unlink()
 
 
 def is_unfinished(folder: Path) -> bool:

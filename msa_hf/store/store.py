@@ -100,13 +100,17 @@ class MemoryStore(StoreReader, StoreWriter):
                 "model": None if model_path is None else str(model_path),
                 "salt": database.salt(),
             }
+            connection = None
             try:
                 _empty_folder(path)  # another process may have made a store in it by now
                 connection = database.create(path, values)
+                return cls(path, connection, coding, lock, None, model, tokenizer)
             except BaseException:
+                if connection is not None:
+                    connection.close()
+                    database.discard(path)
                 lock.release()
                 raise
-        return cls(path, connection, coding, lock, None, model, tokenizer)
 
     @classmethod
     def open(cls, path: str | Path, model=None, tokenizer=None, *, read_only: bool = False) -> MemoryStore:
