@@ -4,12 +4,15 @@ Memory Sparse Attention, arXiv 2603.23516. (Transformers itself uses "MSA" for M
 """
 
 from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
+from .checkpoint_code import complete_code
 from .errors import ConversionError
 
 logger = logging.get_logger(__name__)
@@ -249,6 +252,12 @@ class MSAConfig(PreTrainedConfig):
             head_dim=self.head_dim,
             prompt_format=self.prompt_format,
         )
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """As every configuration's; beside the models' code, which is copied before, it completes this."""
+        if auto_map := complete_code(save_directory, getattr(self, "auto_map", None)):
+            self.auto_map = auto_map
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedConfig, **memory_fields) -> "MSAConfig":

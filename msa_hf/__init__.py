@@ -41,8 +41,10 @@ if (_CheckoutFinder.root / "setup.py").is_file() and _CheckoutFinder not in sys.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 from .configs import caches_folder  # noqa: E402
+from .kernel_export import amalgamate  # noqa: E402
 from .modeling.cache_turboquant import TurboQuantCache  # noqa: E402
 from .modeling.calibration_files import Calibration, register_calibrations  # noqa: E402
+from .modeling.checkpoint_code import register_kernel_source  # noqa: E402
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
@@ -71,3 +73,4 @@ AutoModelForCausalLM.register(MSAConfig, MSAForCausalLM, exist_ok=True)
 MSAConfig.register_for_auto_class()
 MSAModel.register_for_auto_class("AutoModel")
 MSAForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+register_kernel_source(amalgamate)

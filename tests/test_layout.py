@@ -19,6 +19,7 @@ PACKAGES = {
 # A file imports only from its own floor or a lower one (ARCHITECTURE.md).
 MODELING_FLOORS = {
     "errors": 0,
+    "checkpoint_code": 1,
     "configuration_msa": 1,
     "lexical": 1,
     "memory_files": 1,
