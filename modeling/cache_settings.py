@@ -4,6 +4,7 @@ presets."""
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 from .bit_packing import MOST_BITS
@@ -41,6 +42,8 @@ class CacheSettings:
             are a hundred times as wide as the others; None for `key_bits`, see `for_model`.
         window: newest tokens kept in model precision, at least; `block` more gather before they are packed
             together.
+        window_grows_from: length of the context from which the window grows, see `window_at`; None: never.
+            A window that is wider than this length grows from its own length on.
         sinks: first tokens of every row kept as they are. extremes: further tokens of every head kept as they
             are, those with the longest keys or values so far.
         mean_group: tokens that share one mean, which is taken from their keys before coding; 0 for none.
@@ -60,6 +63,7 @@ class CacheSettings:
     value_bits: BitMap = 4
     first_key_bits: BitSpec | None = None
     window: int = 128
+    window_grows_from: int | None = 1536
     block: int = 64
     sinks: int = 4
     extremes: int = 4
@@ -92,6 +96,9 @@ class CacheSettings:
             value = getattr(self, name)
             if not _whole(value) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
+        start = self.window_grows_from
+        if start is not None and not (_whole(start) and start >= 1):
+            raise ValueError(f"window_grows_from must be None or a whole number of at least 1; got {start!r}")
         if self.mean_group % self.block:
             raise ValueError(f"mean_group must be a multiple of block = {self.block}; got {self.mean_group}")
         for name, known in (
@@ -113,6 +120,19 @@ class CacheSettings:
     @property
     def exact_tokens(self) -> int:
         return self.sinks + self.extremes
+
+    def window_at(self, length: int) -> int:
+        """Newest tokens that a context of `length` tokens keeps in model precision, at least.
+
+        It depends on the length alone (padding counts), and never grows by more than the context, so what is
+        packed does not depend on how tokens arrive.
+        """
+        if self.window_grows_from is None:
+            return self.window
+        start = max(self.window_grows_from, self.window)
+        if length <= start:
+            return self.window
+        return isqrt(self.window**2 * length // start)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `CacheSettings(**data)` reads it."""

@@ -108,8 +108,8 @@ def _restore_packed(layer: TurboQuantLayer, packed: int, tensors: Tensors, devic
     padding, layer.left_padding = layer.left_padding, None
     layer.lazy_initialization(keys, values)
     layer.left_padding = padding
-    layer.recent.append(keys, values)
     layer.packed_length = packed
+    layer.recent.append(keys, values, layer.room(packed + keys.shape[2]))
     for name in _LAYER:
         setattr(layer, name, take.pop(name, None))
     if "exact.keys" in take:

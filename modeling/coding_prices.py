@@ -39,7 +39,7 @@ class CodingPrices:
         self.choices = {name: codings(own.vectors.shape[-1]) for name, own in samples.items()}
         self.matrices: list[Matrices] = [{}, {}, {}]
         self.costs: dict[Name, torch.Tensor] = {}
-        tokens = plan.context - settings.sinks - settings.window
+        tokens = plan.context - settings.sinks - settings.window_at(plan.context)
         share = max(1, tokens) / plan.continuation
         for name, own in samples.items():
             held_out = []

@@ -55,7 +55,7 @@ def context_gradients(
     """
     found: dict[tuple[str, int], tuple[list, list]] = {}
     generator = torch.Generator().manual_seed(seed)
-    kept = slice(settings.sinks, max(settings.sinks + 1, context - settings.window), stride)
+    kept = slice(settings.sinks, max(settings.sinks + 1, context - settings.window_at(context)), stride)
     with calibrating(model), torch.inference_mode(False):
         for ids in segments:
             tokens = torch.tensor([ids], device=model.device)

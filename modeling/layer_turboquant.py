@@ -25,16 +25,18 @@ PACKED_AT_ONCE = 512  # tokens, where keys keep their mean
 class RecentWindow:
     """The newest tokens in model precision, [B, G, L, D], in a buffer with room for the next ones."""
 
-    def __init__(self, capacity: int):
-        self.capacity, self.length = capacity, 0
+    def __init__(self):
+        self.length = 0
         self.keys: torch.Tensor | None = None
         self.values: torch.Tensor | None = None
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds tokens and returns all recent ones."""
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, room: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds tokens and returns all recent ones; a new buffer has `room` for that many, at least."""
         length = self.length + keys.shape[2]
         if self.keys is None or length > self.keys.shape[2]:
-            room = max(self.capacity, length)
+            room = max(room, length)
             self.keys, self.values = (self._moved(old, new, room) for old, new in self._pairs(keys, values))
         self.keys, self.values = writable(self.keys), writable(self.values)
         self.keys[:, :, self.length : length] = keys
@@ -45,11 +47,12 @@ class RecentWindow:
     def view(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
-    def drop(self, count: int) -> None:
-        """Forgets the oldest `count` tokens. The rest moves to new buffers, so that views stay valid."""
+    def drop(self, count: int, room: int) -> None:
+        """Forgets the oldest `count` tokens. The rest moves to new buffers with `room` for that many, so that
+        views stay valid."""
         rest = [states[:, :, count:] for states in self.view()]
         self.length -= count
-        self.keys, self.values = (self._moved(states, states, self.capacity) for states in rest)
+        self.keys, self.values = (self._moved(states, states, room) for states in rest)
 
     def _pairs(self, keys, values):
         olds = (keys[:, :, :0], values[:, :, :0]) if self.keys is None else self.view()
@@ -92,7 +95,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.recent = RecentWindow(self.settings.window + self.settings.block)
+        self.recent = RecentWindow()
         self.packed_keys: list[PackedHeads] = []
         self.packed_values: list[PackedHeads] = []
         self.means = GrowingTensor()
@@ -130,7 +133,8 @@ class TurboQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
-        keys, values = self.recent.append(key_states, value_states)
+        room = self.room(self.get_seq_length() + key_states.shape[2])
+        keys, values = self.recent.append(key_states, value_states, room)
         view = self.view()
         if count := self._leaving():
             undo = self._undo(key_states.shape[2])
@@ -139,7 +143,7 @@ class TurboQuantLayer(CacheLayerMixin):
             except BaseException:
                 undo()
                 raise
-            self.recent.drop(count)
+            self.recent.drop(count, room)
         return PackedStates(view, "keys"), PackedStates(view, "values")
 
     def _undo(self, added: int) -> Callable[[], None]:
@@ -171,8 +175,14 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def _leaving(self) -> int:
         """How many recent tokens are to be packed: whole blocks, counted from the first token of all."""
+        length, block = self.get_seq_length(), self.settings.block
+        old = max(0, length - self.settings.window_at(length))
+        return max(0, old // block * block - self.packed_length)
+
+    def room(self, length: int) -> int:
+        """As many tokens as will be recent until the next block leaves, when there are `length` now."""
         window, block = self.settings.window, self.settings.block
-        return max(0, max(0, self.get_seq_length() - window) // block * block - self.packed_length)
+        return self.settings.window_at(max(length, window) + 2 * block) + block
 
     def view(self) -> LayerView:
         """What attention reads now."""
@@ -205,7 +215,8 @@ class TurboQuantLayer(CacheLayerMixin):
             states = keys[:, :, taken], values[:, :, taken]
             new_keys, new_values = (kind.double() for kind in states)
             if size:
-                self._set_mean(keys[:, :, done : done + min(size, self.recent.capacity)], position, first)
+                known = min(size, self.settings.window + self.settings.block)  # of a group, when it is begun
+                self._set_mean(keys[:, :, done : done + known], position, first)
                 new_keys = new_keys - self.means.view()[:, :, position // size, None].double()
             if self.settings.exact_tokens:
                 self._keep_extremes(*states, new_keys, new_values, position, first)

@@ -61,7 +61,12 @@ class TwinRow:
 
     def pack(self, raw: dict[str, torch.Tensor]) -> None:
         s = self.settings
-        target = (raw["keys"].shape[1] - s.window) // s.block * s.block
+        length, window = raw["keys"].shape[1], s.window
+        if s.window_grows_from is not None:
+            start = max(s.window, s.window_grows_from)
+            while (window + 1) ** 2 * start <= s.window**2 * length:
+                window += 1
+        target = (length - window) // s.block * s.block
         while self.packed < target:
             begin, end = self.packed, min(target, (self.packed // s.block + 1) * s.block)
             self.pack_block(raw, begin, end)

@@ -20,6 +20,7 @@ from msa_hf.modeling.cache_turboquant import TurboQuantCache
 from msa_hf.modeling.entropy_coding import decode_stream, encode_streams
 from msa_hf.modeling.errors import MemoryFormatError, MemoryMismatchError
 from msa_hf.modeling.fingerprint_msa import hash_decoder
+from msa_hf.modeling.layer_turboquant import RecentWindow
 
 SMALL = {"window": 8, "block": 4, "mean_group": 8, "sinks": 2, "extremes": 1}
 GEMMA3 = {
@@ -93,7 +94,7 @@ def held(value, path="cache", seen=None):
     seen.add(id(value))
     if hasattr(value, "buffer") and hasattr(value, "length"):
         return {} if value.buffer is None else {path: value.buffer[:, :, : value.length]}
-    if hasattr(value, "capacity") and hasattr(value, "length"):
+    if isinstance(value, RecentWindow):
         kept = {} if value.keys is None else {"keys": value.keys, "values": value.values}
         return {f"{path}.{name}": tensor[:, :, : value.length] for name, tensor in kept.items()}
     if is_dataclass(value):

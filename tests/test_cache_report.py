@@ -61,22 +61,20 @@ def filled(cache, tokens, heads, dim, batch=1, dtype=torch.bfloat16, chunk=8192)
     return cache
 
 
-@pytest.mark.parametrize(("tokens", "layers"), [(2048, 2), (32768, 1)])
-def test_the_report_equals_a_walk_over_every_tensor(tokens, layers):
-    cache = filled(
-        TurboQuantCache(llama_config(layers=layers), key_bits=4, value_bits=4, window=128), tokens, 1, 128
-    )
+@pytest.mark.parametrize(("tokens", "layers", "recent"), [(1536, 2, 128), (2048, 2, 192), (32768, 1, 640)])
+def test_the_report_equals_a_walk_over_every_tensor(tokens, layers, recent):
+    cache = filled(TurboQuantCache(llama_config(layers=layers), key_bits=4, value_bits=4), tokens, 1, 128)
     report = cache.report()
     assert report.total == kept_alive(cache)
     assert report.total == sum(getattr(report, name) for name in PARTS)
-    assert (report.tokens, report.batch, report.packed_tokens) == (tokens, 1, tokens - 128)
+    assert (report.tokens, report.batch, report.packed_tokens) == (tokens, 1, tokens - recent)
     # Counted by hand: 1 head, 64 bytes of 4 bit codes, a mean for each group of tokens.
-    vectors = layers * (tokens - 128)
+    vectors = layers * (tokens - recent)
     assert report.packed_vectors == vectors
     assert report.key_codes == report.value_codes == vectors * 64
     group, exact = cache.settings.mean_group, cache.settings.exact_tokens
-    assert report.means == layers * -(-(tokens - 128) // group) * 128 * 2
-    assert report.window == layers * 2 * 128 * 128 * 2
+    assert report.means == layers * -(-(tokens - recent) // group) * 128 * 2
+    assert report.window == layers * 2 * recent * 128 * 2
     assert report.exact == layers * exact * (2 * 128 * 2 + 4 + 4)
     assert report.transforms == 128 * 128 * (8 + 4)  # one rotation for all layers, keys and values
     assert report.native == 0
@@ -87,7 +85,7 @@ def test_the_report_equals_a_walk_over_every_tensor(tokens, layers):
 @pytest.mark.parametrize("scale_bits", [8, 16])
 def test_bytes_per_token_and_head_at_128_dimensions_and_4_bits(scale_bits):
     scales = {"key_scale_bits": scale_bits, "value_scale_bits": scale_bits}
-    cache = TurboQuantCache(llama_config(), key_bits=4, value_bits=4, window=128, **scales)
+    cache = TurboQuantCache(llama_config(), key_bits=4, value_bits=4, window_grows_from=None, **scales)
     group = cache.settings.mean_group
     report = filled(cache, 16 * group + 128, 1, 128).report()
     exact = 64 + 64 + 2 * scale_bits // 8 + 2 * 128 / group  # codes, scales, and the share of a mean

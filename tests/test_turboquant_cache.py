@@ -327,6 +327,10 @@ def test_a_bit_map_of_tuples_is_one_of_lists_and_a_copy():
         ),
         *((field, True, "whole number") for field in ("window", "block", "sinks", "extremes", "mean_group")),
         *((field, 0, "whole number of at least 1") for field in ("block", "code_search")),
+        *(
+            ("window_grows_from", start, "None or a whole number of at least 1")
+            for start in (0, -5, 1.5, True)
+        ),
         ("mean_group", 100, "multiple of block = 64"),
         *(("seed", seed, "whole number") for seed in (-1, 1.5, True)),
         *(("dense_layers", layers, "whole numbers") for layers in (0, (1.5,), ("0",), (True,))),

@@ -193,6 +193,7 @@ SETTINGS = {
     "extremes alone": {"sinks": 0, "extremes": 5},
     "no mean": {"mean_group": 0},
     "window below block": {"window": 3, "block": 8},
+    "growing window": {"window": 6, "window_grows_from": 10},
     "odd window": {"window": 13, "block": 6, "mean_group": 12},
     "few bits": {"key_bits": 3, "value_bits": 2},
     "rules of the scales": {"key_scale": "least_squares", "value_scale": "matched_norm"},

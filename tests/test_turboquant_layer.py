@@ -1,6 +1,7 @@
 """One cache layer: bytes depend on the tokens of a row alone, and every operation on them is exact."""
 
 import copy
+from dataclasses import replace
 from math import lcm
 
 import pytest
@@ -26,6 +27,7 @@ def cache_settings(draw):
         key_bits=draw(BITS),
         value_bits=draw(BITS),
         window=draw(st.sampled_from([0, 1, 5, 8])),
+        window_grows_from=draw(st.sampled_from([None, 8, 20])),
         block=block,
         mean_group=block * draw(st.sampled_from([0, 1, 2, 4])),
         sinks=draw(st.sampled_from([0, 1, 3])),
@@ -132,6 +134,7 @@ def test_padding_decides_nothing(chosen, padding, count):
 @settings(max_examples=40, deadline=None)
 @given(cache_settings(), st.integers(1, 3), st.integers(1, 40))
 def test_padding_by_whole_groups_only_moves_the_tokens(chosen, groups, count):
+    chosen = replace(chosen, window_grows_from=None)  # padding counts towards the length
     padding = groups * lcm(chosen.block, chosen.mean_group or 1)
     states, junk = tokens(1, count), tokens(1, padding, seed=1)
     plain = filled(chosen, states)
@@ -436,8 +439,37 @@ def test_a_long_prompt_leaves_no_buffer_behind():
     chosen = CacheSettings(**SMALL)
     layer = filled(chosen, tokens(1, 3000))
     layer.update(*tokens(1, 1, seed=1))
+    room = chosen.window_at(3001 + 2 * chosen.block) + chosen.block
+    assert room == 11 + 4
     for tensor in (layer.recent.keys, layer.recent.values, layer.exact.keys, layer.exact.values):
-        assert tensor.untyped_storage().nbytes() <= G * (chosen.window + chosen.block) * D * 4
+        assert tensor.untyped_storage().nbytes() <= G * room * D * 4
+
+
+def test_the_window_grows_with_the_square_root_of_the_context():
+    chosen = CacheSettings()
+    assert [chosen.window_at(n) for n in (0, 100, 1024, 1536)] == [128] * 4
+    assert [chosen.window_at(4**n * 1536) for n in range(1, 9)] == [128 * 2**n for n in range(1, 9)]
+    assert {CacheSettings(window_grows_from=None).window_at(n) for n in (1, 10**8)} == {128}
+    steep = CacheSettings(window=8, window_grows_from=8)
+    steps = [steep.window_at(n + 1) - steep.window_at(n) for n in range(3000)]
+    assert [CacheSettings(window=2000).window_at(n) for n in (1536, 2000, 8000)] == [2000, 2000, 4000]
+    assert set(steps) == {0, 1}  # never faster than the context: nothing that was packed should be dense
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [None, 8, 30])
+def test_a_growing_window_moves_only_when_a_block_leaves(start):
+    """Token by token: as many dense tokens as the rule says, and a new buffer once a block at most."""
+    chosen, buffers = CacheSettings(**SMALL, window_grows_from=start), []
+    layer = TurboQuantLayer(chosen)
+    keys, values = tokens(1, 400)
+    for n in range(400):
+        layer.update(keys[:, :, n : n + 1], values[:, :, n : n + 1])
+        buffers.append(layer.recent.keys.data_ptr())
+        window = chosen.window_at(n + 1)
+        assert min(n + 1, window) <= layer.recent.length < window + chosen.block
+    moves = sum(old != new for old, new in zip(buffers, buffers[1:]))
+    assert moves <= layer.packed_length // chosen.block
 
 
 @torch.no_grad()
