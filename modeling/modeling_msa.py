@@ -17,7 +17,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -113,7 +114,7 @@ class MSAModel(MSAPreTrainedModel):
         memory=None,
         question_mask: torch.Tensor | None = None,
         prefill_chunk_size: int | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MSAModelOutput:
         """
         Args:
@@ -346,7 +347,7 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
         batch_answer_labels: torch.LongTensor | None = None,
         batch_reconstruction_labels: torch.LongTensor | None = None,
         train_qa_samples: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MSACausalLMOutput:
         """
         Args:
@@ -358,7 +359,9 @@ class MSAForCausalLM(MSAPreTrainedModel, MSAGenerationMixin):
             train_qa_samples: [B], 1 for the samples whose answer labels count (all by default).
         """
         if doc_ids is not None:
-            outputs = packed_forward(self.model, input_ids, attention_mask, position_ids, doc_ids, **kwargs)
+            outputs = packed_forward(
+                self.model, input_ids, attention_mask, position_ids, doc_ids, inputs_embeds, **kwargs
+            )
         else:
             outputs = self.model(
                 input_ids=input_ids,

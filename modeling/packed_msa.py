@@ -16,11 +16,11 @@ from .memory_bank import LayerMemory, MemoryBank
 from .memory_encoding import DenseRecorder
 
 
-def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kwargs):
+def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, inputs_embeds=None, **kwargs):
     """Runs `MSAModel` on packed rows.
 
     Args:
-        input_ids, doc_ids: [B, T]. attention_mask: [B, T], 0 = padding.
+        input_ids: [B, T], or inputs_embeds: [B, T, E]. doc_ids: [B, T]. attention_mask: [B, T], 0 = padding.
         position_ids: [B, T] as written by the data set: from 0 in every document; used if
             `config.rewrite_positions`.
 
@@ -28,20 +28,27 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
         MSAModelOutput with last_hidden_state [B, T, E] (0 at padding) and document_scores [B, n + 1], where
         column i is document i of the sample and -inf where it has none (column 0 always).
     """
-    if input_ids.shape != doc_ids.shape:
+    if (input_ids is None) ^ (inputs_embeds is not None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    if any(_recomputes_alone(layer) for layer in model.layers):
+        # A layer's pooled vectors leave it beside its output, where such a checkpoint passes no gradient.
         raise ValueError(
-            f"doc_ids must have the shape of input_ids {tuple(input_ids.shape)}; got {tuple(doc_ids.shape)}"
+            'gradient checkpointing of packed rows must have "use_reentrant" False (the default); got True'
         )
-    batch, tokens = input_ids.shape
+    embeddings = model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    batch, tokens, _ = embeddings.shape
+    if doc_ids.shape != (batch, tokens):
+        raise ValueError(
+            f"doc_ids must have the shape of input_ids {(batch, tokens)}; got {tuple(doc_ids.shape)}"
+        )
     real = torch.ones_like(doc_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if position_ids is None or not model.config.rewrite_positions:
-        position_ids = torch.arange(tokens, device=input_ids.device).expand(batch, -1)
+        position_ids = torch.arange(tokens, device=embeddings.device).expand(batch, -1)
     labels = [(b, int(i)) for b in range(batch) for i in doc_ids[b][real[b]].unique() if i > 0]
     if not labels:
         raise ValueError("doc_ids must hold at least one document (a label of 1 or more); got none")
     owners, numbers = torch.tensor(labels).unbind(1)
     documents = [(doc_ids[b] == i) & real[b] for b, i in labels]
-    embeddings = model.embed_tokens(input_ids)
 
     def rows(masks, samples):
         parts = [(embeddings[b][mask], position_ids[b][mask]) for mask, b in zip(masks, samples)]
@@ -57,7 +64,7 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
     active = [(doc_ids[b] < 1) & real[b] for b in range(batch)]
     active_rows, active_positions = rows(active, range(batch))
     active_lengths = torch.stack([mask.sum() for mask in active])
-    inside = torch.arange(active_rows.shape[1], device=input_ids.device) < active_lengths[:, None]
+    inside = torch.arange(active_rows.shape[1], device=embeddings.device) < active_lengths[:, None]
     roles = pad_sequence([doc_ids[b][active[b]] for b in range(batch)], batch_first=True, padding_value=-1)
     first_document = torch.stack([(doc_ids[b] > 0).float().argmax() for b in range(batch)])
     places = pad_sequence([active[b].nonzero().squeeze(1) for b in range(batch)], batch_first=True)
@@ -67,7 +74,7 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
         attention_mask=inside,
         position_ids=active_positions,
         use_cache=False,
-        memory=MemoryReader(bank, model.config, visible.to(input_ids.device)),
+        memory=MemoryReader(bank, model.config, visible.to(embeddings.device)),
         question_mask=(roles == 0) & inside,
         memory_mask=places > first_document[:, None],
         **kwargs,
@@ -89,6 +96,16 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, **kw
         for layer, selected in outputs.selected_documents.items()
     }
     return outputs
+
+
+def _recomputes_alone(layer) -> bool:
+    """Whether a layer is checkpointed the reentrant way: that sees its arguments and its output alone."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    return (
+        layer.training
+        and layer.gradient_checkpointing
+        and (getattr(checkpoint, "keywords", {}).get("use_reentrant") is True)
+    )
 
 
 def _by_number(scores: torch.Tensor, visible: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
