@@ -181,7 +181,8 @@ class MSAConfig(PreTrainedConfig):
         self.head_reduction = reference.get("head_reduce_method", "max")
         self.query_reduction = reference.get("query_reduce_method", "max")
         self.chunk_reduction = reference.get("chunk_reduce_method", "max")
-        self.score_normalization = "cosine" if "INFONCE" in method else "dot"
+        chosen = reference.get("score_normalization")
+        self.score_normalization = chosen or ("cosine" if "INFONCE" in method else "dot")
         self.aux_loss_method = method
         self.aux_temperature = reference.get("infonce_loss_temp", 0.1)
         self.lm_loss_weight = reference.get("lmloss_weight", reference.get("lmloss_weigth", 1.0))
@@ -191,7 +192,7 @@ class MSAConfig(PreTrainedConfig):
         self.rewrite_positions = reference.get("rewrite_position", True)
         self.routers_trained, self.retrieval, self.lexical_prior = True, "generative", False
         self.prompt_format = "msa"
-        if method != "INFONCE" and self.score_normalization == "cosine":
+        if method != "INFONCE" and chosen is None and self.score_normalization == "cosine":
             logger.warning(
                 f"This checkpoint was trained with {method} on cosine scores, which is what is used "
                 "here; the reference "
@@ -297,7 +298,11 @@ class MSAReferenceConfig(MSAConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        return MSAConfig.from_dict({**config_dict, "model_type": MSAConfig.model_type}, **kwargs)
+        fields = {**config_dict, "model_type": MSAConfig.model_type}
+        if "msa_config" in fields and (chosen := kwargs.get("score_normalization")) is not None:
+            # Said there as well, so that nobody is warned about what was just decided.
+            fields["msa_config"] = {**fields["msa_config"], "score_normalization": chosen}
+        return MSAConfig.from_dict(fields, **kwargs)
 
 
 def _refuse_sliding_window(backbone_type: str, fields: dict) -> None:

