@@ -12,7 +12,7 @@ demo: setup
 	$(PY) scripts/demo.py --tokens $(TOKENS)
 
 test: lint
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -q tests kernels/tests
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -n 2 --dist loadfile tests kernels/tests
 
 lint: setup
 	$(PY) -m ruff check .

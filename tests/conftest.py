@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -47,11 +48,14 @@ def smollm2() -> Path:
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256(msa_hf.__version__.encode())
     parts = ["modeling/configuration_msa.py", "modeling/modeling_msa.py", "msa_hf/conversion.py"]
+    parts += ["msa_hf/weight_plan.py", "msa_hf/weight_streaming.py", "msa_hf/training/adapter_merging.py"]
     routers = [path for path in root.glob("configs/routers/*/*") if path.suffix in (".json", ".safetensors")]
     for path in sorted([*(root / part for part in parts), *root.glob("configs/models/*.json"), *routers]):
         digest.update(path.read_bytes())
     folder = packages.cache_folder() / "tests" / f"smollm2-{digest.hexdigest()[:12]}"
-    if not folder.is_dir():
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        convert("smollm2-135m", folder, dtype=torch.float32)
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder.parent}.lock"):  # tests run in several processes
+        if not folder.is_dir():
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            convert("smollm2-135m", folder, dtype=torch.float32)
     return folder
