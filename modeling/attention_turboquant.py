@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .ops import code_scores, code_sums, packed_attention
-from .packed_states import LayerView
+from .packed_states import LayerView, PackedStates
 
 NAME = "turboquant"
 _SCORES_AT_ONCE = 1 << 24  # elements of one tile of scores: 64 MB in float32
@@ -47,6 +47,10 @@ def turboquant_attention(
     Returns:
         ([B, Q, H, D], None).
     """
+    attention = getattr(key, "attention", turboquant_attention)
+    if attention is not turboquant_attention:
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux, **kwargs}
+        return attention(module, query, key, value, attention_mask, is_causal=is_causal, **options)
     view = getattr(key, "packed_view", None) or LayerView((), (), None, 0, None, key, value, 0)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -94,6 +98,9 @@ def turboquant_mask(
 
 AttentionInterface.register(NAME, turboquant_attention)
 AttentionMaskInterface.register(NAME, turboquant_mask)
+# A process may hold several copies of this code (remote code beside the package), and the last one to come is
+# registered. Each cache is nevertheless read by the copy that made it, whose classes and settings it has.
+PackedStates.attention = staticmethod(turboquant_attention)
 
 
 def _dense_attention(module, query, view, attention_mask, causal, scaling, dropout, **kwargs):

@@ -5,6 +5,7 @@ tokens with a mean of their own.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +139,7 @@ class PackedStates(torch.Tensor):
     """
 
     packed_view: LayerView
+    attention: Callable  # the attention function of the same copy of this code
 
     @staticmethod
     def __new__(cls, view: LayerView, kind: str):

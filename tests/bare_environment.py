@@ -1,9 +1,8 @@
-"""A Python with torch, Transformers, safetensors and what these need, and nothing else that is installed here."""
+"""A Python with torch, Transformers, safetensors and what these need, and nothing else of what is here."""
 
 import json
 import os
 import subprocess
-import sys
 import venv
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
@@ -46,7 +45,7 @@ class BareEnvironment:
         Path(site, "packages.pth").write_text(str(packages))
 
     def run(self, program: Path | str, *arguments: object) -> object:
-        """What a program prints as its last line, in JSON: a file, or its text. Offline, without our names."""
+        """What a program, a file or its text, prints as its last line in JSON. It runs offline."""
         if isinstance(program, str):
             (self.folder / "program.py").write_text(program)
             program = self.folder / "program.py"

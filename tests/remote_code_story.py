@@ -1,5 +1,6 @@
-"""What a user does with a checkpoint, told in tokens: run as a program where msa_hf is absent, and imported where
-it is installed, with the same result.
+"""What a user does with a checkpoint, told in tokens.
+
+Run as a program where msa_hf is absent, and imported where it is installed, with the same result.
 
     python remote_code_story.py CHECKPOINT WORK_FOLDER RETRIEVALS
 """
@@ -68,9 +69,7 @@ def tell(folder, work, retrievals, trust):
     for retrieval in retrievals:
         told[retrieval] = answer(model, tokenizer, memory, retrieval)
     told["packed memory"] = answer(model, tokenizer, packed, "attention")
-    told["ranking"] = [
-        [document.id for document in row] for row in model.rank_documents(QUESTIONS, memory)
-    ]
+    told["ranking"] = [[document.id for document in row] for row in model.rank_documents(QUESTIONS, memory)]
     for attention in ("sdpa", "turboquant"):
         model.set_attn_implementation(attention)
         told[f"quantised, {attention}"] = tokens(model, tokenizer, length=12, **QUANTIZED)

@@ -1,31 +1,111 @@
 """A checkpoint's own code, where msa_hf is not installed and where it is: the same tokens as the package."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import remote_code_story
-import torch
 from bare_environment import BareEnvironment
+from hub_server import hub_of_this_process
+from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from msa_hf import kernel_export, modeling
+from msa_hf import kernel_export
 from msa_hf.modeling.checkpoint_code import AUTO_MAP
 
+ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
-    "chat": (tiny_model, {"kind": "llama"}, ["attention", "router"]),
-    "msa": (tiny_model, {"kind": "qwen3", "prompt_format": "msa"}, ["attention", "router", "generative"]),
+    "chat": ({"kind": "llama"}, ["attention", "router"]),
+    "msa": ({"kind": "qwen3", "prompt_format": "msa"}, ["attention", "router", "generative"]),
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     return BareEnvironment(tmp_path_factory.mktemp("bare"))
 
 
+def saved(folder, tokenizer, **fields):
+    tiny_model(**fields).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def code_of(folder):
+    return {path.name: path.read_text() for path in folder.glob("*.py")}
+
+
+def complete_code():
+    """The files of modeling/ that the models need, found by their imports, with the kernels as source."""
+    sources, waiting = {}, ["modeling_msa"]
+    while waiting:
+        name = waiting.pop()
+        if f"{name}.py" not in sources:
+            sources[f"{name}.py"] = text = (ROOT / "modeling" / f"{name}.py").read_text()
+            waiting += re.findall(r"^\s*from \.(\w+) import", text, re.M)
+    return sources | {"triton_ops.py": kernel_export.amalgamate()}
+
+
+# What is written
+
+
+def test_a_saved_model_is_complete(tiny_tokenizer, tmp_path):
+    """Configuration, shards, tokenizer, generation settings, all of the code, and the classes for all Auto
+    classes."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= names
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == set(model.state_dict()) and len(set(index.values())) >= 3
+    for name, tensor in model.state_dict().items():
+        assert load_file(tmp_path / index[name])[name].equal(tensor)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert code_of(tmp_path) == complete_code()
+
+
+def test_a_saved_base_model_is_complete(tmp_path):
+    tiny_model().model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert code_of(tmp_path) == complete_code()
+    tiny_model().config.save_pretrained(tmp_path / "alone")
+    alone = json.loads((tmp_path / "alone" / "config.json").read_text())["auto_map"]
+    assert alone == {"AutoConfig": AUTO_MAP["AutoConfig"]}, "there are no models beside it"
+
+
+def test_classes_of_another_repository_become_those_that_are_saved(tmp_path):
+    """As of a model that was loaded from the Hub; what somebody has added to its code stays."""
+    model = tiny_model()
+    model.config.auto_map = {name: f"user/model--{own}" for name, own in AUTO_MAP.items()}
+    model.config.auto_map["AutoModelForSequenceClassification"] = "own_file.OwnClass"
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert written == AUTO_MAP | {"AutoModelForSequenceClassification": "own_file.OwnClass"}
+
+
+def test_push_to_hub_sends_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it keeps its first endpoint
+    with hub_of_this_process(tmp_path, monkeypatch) as server:
+        tiny_model().save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="user/saved")
+        tiny_model().push_to_hub("user/pushed")
+        repositories = [server.files(name) for name in ("user/saved", "user/pushed")]
+    for sent in repositories:
+        assert json.loads(sent["config.json"])["auto_map"] == AUTO_MAP
+        assert {name: text.decode() for name, text in sent.items() if name.endswith(".py")} == complete_code()
+        assert {"generation_config.json", "model.safetensors"} <= set(sent)
+
+
+# Without the package
+
+
 def test_the_bare_environment_is_bare(bare):
     program = """
-import importlib.util, json, sys
+import importlib.util, json
 from importlib.metadata import distributions
 absent = ("msa_hf", "triton", "peft", "accelerate", "gradio", "hypothesis", "pytest", "starlette")
 found = [name for name in absent if importlib.util.find_spec(name)]
@@ -39,14 +119,52 @@ print(json.dumps([found, sorted({own.metadata["Name"] for own in distributions()
 
 @pytest.mark.parametrize("name", MODELS)
 def test_remote_code_gives_the_tokens_of_the_package(name, bare, tiny_tokenizer, tmp_path):
-    make, fields, retrievals = MODELS[name]
-    folder, here, there = tmp_path / "model", tmp_path / "here", tmp_path / "there"
-    make(**fields).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    fields, retrievals = MODELS[name]
+    folder, here, there = saved(tmp_path / "model", tiny_tokenizer, **fields), tmp_path / "1", tmp_path / "2"
     expected = remote_code_story.tell(folder, here, retrievals, trust=False)
-    assert len({str(expected[key]) for key in ("plain", "quantised, sdpa")}) == 2
+    assert expected["quantised, sdpa"] != expected["plain"], "codes so coarse must be seen"
     found = bare.run(Path(remote_code_story.__file__), folder, there, ",".join(retrievals))
     assert found == json.loads(json.dumps(expected))
-    for source in folder.glob("*.py"):  # what is saved again is the same code, none of it missing
-        assert (there / "again" / source.name).read_bytes() == source.read_bytes()
+    assert code_of(there / "again") == code_of(folder) == complete_code()
     assert {path.name for path in (there / "again").iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_a_tokenizer_needs_no_trust(bare, tiny_tokenizer, tmp_path):
+    """With trust_remote_code=False nobody is asked, and none of the code runs."""
+    folder = saved(tmp_path / "model", tiny_tokenizer)
+    for path in folder.glob("*.py"):
+        path.write_text("raise SystemExit('this must not run')")
+    program = """
+import json, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+print(json.dumps([tokenizer("A question?")["input_ids"], tokenizer.chat_template]))
+"""
+    expected = [tiny_tokenizer("A question?")["input_ids"], tiny_tokenizer.chat_template]
+    assert bare.run(program, folder) == expected
+
+
+# Beside the package
+
+
+@pytest.mark.parametrize("order", ["package first", "package last"])
+def test_copies_share_a_process(order, tiny_tokenizer, tmp_path):
+    """Models, memories, caches and stores of two remote copies and of the package, each with each."""
+    first, second = (saved(tmp_path / name, tiny_tokenizer) for name in ("first", "second"))
+    for path in second.glob("*.py"):
+        path.write_text(path.read_text() + "\n# another release\n")
+    keep = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "remote_code_copies.py", first, second, order],
+        env=os.environ | keep | {"OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert {"dense memory", "packed memory", "router", "cache, sdpa", "store, 4", "copied"} <= set(told)
+    for case, tokens in told.items():
+        assert len({str(own) for own in tokens.values()}) == 1, (case, tokens)
+    assert told["cache, sdpa"] != told["copied"] != told["dense memory"]

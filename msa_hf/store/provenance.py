@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 
+from ..modeling.configuration_msa import MemorySettings
 from ..modeling.memory_encoding import encode_head, typical_means
 from ..modeling.sample_texts import SAMPLE_TEXTS
 from .coding import Coding, Provenance
@@ -17,8 +19,10 @@ def provenance_of(
     for name, bits in (("key_bits", key_bits), ("value_bits", value_bits), ("router_bits", router_bits)):
         if bits is not None and (type(bits) is not int or not 1 <= bits <= 4):
             raise ValueError(f"{name} must be 1, 2, 3, 4 or None; got {bits!r}")
+    # Of our own class, so that it is equal to what is stored: remote code has a class of its own.
+    settings = MemorySettings(**asdict(model.config.memory_settings))
     return Provenance(
-        settings=model.config.memory_settings,
+        settings=settings,
         fingerprint=model.fingerprint(),
         tokenizer=tokenizer_digest(tokenizer),
         dtype=str(model.dtype).removeprefix("torch."),
