@@ -22,7 +22,7 @@ from .modeling.errors import ConversionError
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = "50GB"  # as Transformers' save_pretrained
-PORTION = 2**22  # numbers of a tensor that are read at once, where its rows are shorter
+PORTION = 2**20  # numbers of a tensor that are read at once, where its rows are shorter
 # In the order in which safetensors puts them into a file.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -134,7 +134,7 @@ def free_destination(destination: str | os.PathLike) -> Path:
 class WeightFiles:
     """Safetensors files of tensors that are known beforehand, filled in any order.
 
-    The split and the index are those of save_pretrained.
+    The split and the index are those of save_pretrained of a model that from_pretrained has loaded.
 
     Args:
         folder: where the files are made.
@@ -147,6 +147,7 @@ class WeightFiles:
 
     def __init__(self, folder: Path, tensors: dict[str, torch.Tensor], max_shard_size: int | str):
         self._folder, self._tensors = folder, tensors
+        tensors = {name: tensors[name] for name in sorted(tensors, key=_with_numbers)}
         self._split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         needed, free = self._split.metadata["total_size"], shutil.disk_usage(folder).free
         if needed > free:
@@ -205,3 +206,8 @@ class WeightFiles:
             }
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
+
+
+def _with_numbers(name: str) -> list[tuple[bool, int | str]]:
+    """A key that puts layer 2 before layer 10."""
+    return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]

@@ -52,7 +52,8 @@ class AdapterTensors:
         from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
         config = PeftConfig.from_pretrained(str(self._folder))
-        config.modules_to_save = config.task_type = None  # this is one layer, not the language model
+        # This is one layer, not the language model that the adapter was trained on.
+        config.modules_to_save = config.task_type = config.base_model_name_or_path = None
         linear = nn.Linear(*reversed(base.shape), bias=False, device="meta")
         linear.weight = nn.Parameter(base, requires_grad=False)
         module = linear
