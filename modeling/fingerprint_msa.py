@@ -17,9 +17,9 @@ def hash_weights(decoder: nn.Module, router_layers: list[int]) -> dict[str, str]
     parts = {"backbone": hashlib.sha256(), "routers": hashlib.sha256()}
     depth = router_layers[-1] + 1 if router_layers else 0
     for prefix, module in (("embed_tokens", decoder.embed_tokens), ("layers", decoder.layers[:depth])):
-        for name, tensor in sorted(effective_parameters(module).items()):
+        for name, stored in sorted(effective_parameters(module).items()):
             part = parts["routers" if "router_" in name else "backbone"]
-            part.update(_sample(f"{prefix}.{name}", tensor))
+            part.update(_sample(f"{prefix}.{name}", _value(module, stored)))
     return {name: part.hexdigest()[:16] for name, part in parts.items()}
 
 
@@ -28,9 +28,9 @@ def hash_decoder(model: nn.Module) -> str:
 
     The same for a checkpoint in every floating-point type; an active PEFT adapter counts, the head does not.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(effective_parameters(model.get_decoder()).items()):
-        digest.update(_sample(name, tensor))
+    digest, decoder = hashlib.sha256(), model.get_decoder()
+    for name, stored in sorted(effective_parameters(decoder).items()):
+        digest.update(_sample(name, _value(decoder, stored)))
     return digest.hexdigest()[:16]
 
 
@@ -40,15 +40,25 @@ def _sample(name: str, tensor: torch.Tensor) -> bytes:
     return f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
 
 
-def effective_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by the names they have without PEFT's wrappers; a replaced original is left out."""
+def _value(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter, read from where `device_map` has put it if that is the CPU's memory or a disk."""
+    tensor = module.get_parameter(name)
+    if not tensor.is_meta:
+        return tensor
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    return load_offloaded_parameter(module, name)
+
+
+def effective_parameters(module: nn.Module) -> dict[str, str]:
+    """Parameters' names by those without PEFT's wrappers; an original that is replaced is left out."""
     found = {}
-    for name, tensor in module.named_parameters():
+    for name, _ in module.named_parameters():
         if ".original_module." in name:
             continue
         parts = name.split(".")
         if "modules_to_save" in parts:
             index = parts.index("modules_to_save")
             parts = parts[:index] + parts[index + 2 :]
-        found[".".join(part for part in parts if part != "base_layer")] = tensor
+        found[".".join(part for part in parts if part != "base_layer")] = name
     return found

@@ -86,6 +86,15 @@ class MSAPreTrainedModel(PreTrainedModel):
     # The reference saves its constant loss temperature; here it is `MSAConfig.aux_temperature`.
     _keys_to_ignore_on_load_unexpected = [r"^temperature$"]
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and memories go. Embeddings that `device_map` keeps on a disk are nowhere themselves;
+        then it is where they are used."""
+        device = super().device
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None) if device.type == "meta" else None
+        place = getattr(hook, "execution_device", None)
+        return device if place is None else torch.device(place)
+
 
 class MSAModel(MSAPreTrainedModel):
     """The decoder without its language-model head."""
