@@ -1,13 +1,10 @@
 """Cards say what is known, parse as huggingface_hub's own, and their code runs when it is pasted."""
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import code_blocks
 import pytest
 import torch
 from backbones import tiny_backbone
@@ -62,20 +59,17 @@ def server(tmp_path, monkeypatch):
 
 
 def blocks(card):
-    return re.findall(r"```python\n(.*?)```", str(card), re.S)
+    """The Python code; a card has no other."""
+    found = code_blocks.blocks_of(ModelCard(str(card)).text)
+    assert {block.language for block in found} == {"python"}
+    return [block.text for block in found]
 
 
 def paste(code, server, folder, **variables):
-    """What the code prints in a process of its own, in an empty folder, with the server as its Hub."""
+    """What the code prints in an empty folder, with the server as its Hub."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = (
-        os.environ | server.environment(folder.parent / "home") | {"PYTHONPATH": str(ROOT)} | variables
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    own = server.environment(folder.parent / "home") | variables
+    return code_blocks.paste(code, folder, code_blocks.environment_of(**own))
 
 
 def test_model_card_says_what_is_known(folder):
