@@ -4,7 +4,7 @@ TOKENS ?= 400000
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-REQUIREMENTS := requirements/torch.txt requirements/runtime.txt requirements/dev.txt
+REQUIREMENTS := requirements/torch.txt requirements/runtime.txt requirements/dev.txt requirements/space.txt
 
 .PHONY: demo test lint setup clean
 
@@ -26,7 +26,8 @@ $(READY): $(REQUIREMENTS) setup.py pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
 		{ rm -rf $(VENV); echo "python -m venv failed (on Debian: apt install python3-venv)" >&2; exit 1; }
 	$(PY) -m pip install --disable-pip-version-check -r requirements/torch.txt
-	$(PY) -m pip install --disable-pip-version-check -r requirements/runtime.txt -r requirements/dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements/runtime.txt -r requirements/dev.txt \
+		-r requirements/space.txt
 	$(PY) -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -11,6 +11,7 @@ PACKAGE_DIR = {
     "msa_hf.kernels": "kernels/torch-ext/msa_kernels",
     "msa_hf.modeling": "modeling",
     "msa_hf.configs": "configs",
+    "msa_hf.space_app": "space_app",
 }
 
 # Listed by hand: find_packages() would also install tests/ and modeling/ as top-level packages.
@@ -19,5 +20,6 @@ setup(
     package_dir=PACKAGE_DIR,
     package_data={
         "msa_hf.configs": ["*.json", "**/*.json", "**/*.jsonl", "**/*.safetensors", "**/*.md"],
+        "msa_hf.space_app": ["*.css", "*.md", "*.txt", "examples/*.txt"],
     },
 )

@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 
 class _CheckoutFinder:
-    """Lets a checkout that was not installed import msa_hf.kernels, msa_hf.modeling and msa_hf.configs.
+    """Lets a checkout that was not installed import msa_hf.kernels, msa_hf.modeling, msa_hf.configs and
+    msa_hf.space_app.
 
     setup.py maps these names to folders beside msa_hf/; an installed package never gets here. First in line,
     so that the packages of one checkout stay together where another checkout is installed editable.
@@ -23,6 +24,7 @@ class _CheckoutFinder:
         "msa_hf.kernels": root / "kernels" / "torch-ext" / "msa_kernels",
         "msa_hf.modeling": root / "modeling",
         "msa_hf.configs": root / "configs",
+        "msa_hf.space_app": root / "space_app",
     }
 
     @classmethod
@@ -39,6 +41,7 @@ if (_CheckoutFinder.root / "setup.py").is_file() and _CheckoutFinder not in sys.
     sys.meta_path.insert(0, _CheckoutFinder)
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
 
 from .configs import caches_folder  # noqa: E402
 from .kernel_export import amalgamate  # noqa: E402
@@ -69,6 +72,8 @@ AutoConfig.register(MSAConfig.model_type, MSAConfig, exist_ok=True)
 AutoConfig.register(MSAReferenceConfig.model_type, MSAReferenceConfig, exist_ok=True)
 AutoModel.register(MSAConfig, MSAModel, exist_ok=True)
 AutoModelForCausalLM.register(MSAConfig, MSAForCausalLM, exist_ok=True)
+if hasattr(modeling_auto, "AutoModelForDecision"):  # newer releases; `transformers serve` asks it first
+    modeling_auto.AutoModelForDecision.register(MSAConfig, MSAForCausalLM, exist_ok=True)
 # save_pretrained then copies the modeling files into the checkpoint, for trust_remote_code=True elsewhere.
 MSAConfig.register_for_auto_class()
 MSAModel.register_for_auto_class("AutoModel")

@@ -25,6 +25,7 @@ from .arguments import (
 from .modeling.errors import MSAError
 from .push_cli import add_push
 from .serve_cli import add_serve
+from .space_cli import add_space
 from .store_cli import add_reading, add_store_commands
 
 _SUITES = {
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_store_commands(subparsers)
     add_push(subparsers)
     add_serve(subparsers)
+    add_space(subparsers)
     return parser
 
 

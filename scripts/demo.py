@@ -15,19 +15,16 @@ from pathlib import Path
 
 import torch
 
-import msa_hf
 from msa_hf import packages
 from msa_hf.asking import Reply, ask
 from msa_hf.commands import load_model, render_reply
-from msa_hf.configs import preset, routers_folder
-from msa_hf.conversion import convert
 from msa_hf.documents import Document
 from msa_hf.evaluation.peak_memory import peak_resident_bytes
 from msa_hf.ingestion import remember
 from msa_hf.modeling.errors import MSAError
 from msa_hf.modeling.memory_bank import MemoryBank
+from msa_hf.packaged_model import converted_model, faster_dtype
 
-MODEL = "smollm2-135m"
 # HotpotQA dev by number; each needs two paragraphs.
 QUESTIONS = (80, 46, 90)
 
@@ -85,19 +82,6 @@ def main() -> int:
     return 0
 
 
-def converted_model(folder: Path, cache: Path | None) -> Path:
-    """Folder of the converted model with the routers that this package ships; made on first use."""
-    digest = hashlib.sha256(f"{msa_hf.__version__} {preset('models', MODEL)}".encode())
-    routers = routers_folder(preset("models", MODEL)["routers"] or MODEL)
-    for path in sorted(routers.glob("*.safetensors")) + sorted(routers.glob("*.json")):
-        digest.update(path.read_bytes())
-    target = folder / f"{MODEL}-{digest.hexdigest()[:12]}"
-    if not target.is_dir():
-        packages.smollm2_gguf(cache)
-        convert(MODEL, target, dtype=torch.float32)
-    return target
-
-
 def corpus(records: list[dict], tokenizer, tokens: int) -> list[Document]:
     """Paragraphs of at least `tokens` tokens in all, those that the questions need among them."""
     first = [records[number] for number in QUESTIONS]
@@ -131,21 +115,6 @@ def memory_folder(folder: Path, documents: list[Document], model) -> Path:
     for document in documents:
         digest.update(document.content.encode() + b"\0")
     return folder / f"memory-{digest.hexdigest()[:12]}"
-
-
-def faster_dtype() -> str:
-    """bfloat16 where this machine multiplies matrices faster in it than in float32; many CPUs do not."""
-    if torch.cuda.is_available():
-        return "bfloat16"
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        left @ right
-        start = time.perf_counter()
-        for _ in range(10):
-            left @ right
-        times[dtype] = time.perf_counter() - start
-    return "bfloat16" if times[torch.bfloat16] < times[torch.float32] else "float32"
 
 
 def show(reply: Reply, expected: str | None = None) -> bool:

@@ -1,0 +1,54 @@
+"""The running app: its address, and its orderly end."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .space import Space
+
+UPLOAD_FOLDER = "GRADIO_TEMP_DIR"  # Gradio's own variables: where uploads arrive, and no word to anyone
+ANALYTICS = "GRADIO_ANALYTICS_ENABLED"
+
+
+@contextmanager
+def served(
+    space: Space, host: str = "127.0.0.1", port: int | None = None, share: bool = False
+) -> Iterator[str]:
+    """Serves the page within the block; gives its address. Port None is one that is free.
+
+    Raises OSError if the port cannot be had.
+    """
+    os.environ[UPLOAD_FOLDER], os.environ[ANALYTICS] = str(space.uploads), "False"
+    import gradio  # noqa: F401  (reads the variables)
+
+    from .page import build_page
+    from .theme import STYLE, theme
+
+    blocks = build_page(space)
+    try:
+        _, url, shared = blocks.launch(
+            server_name=host,
+            server_port=port or free_port(host),
+            share=share,
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            theme=theme(),
+            css_paths=[STYLE],
+            footer_links=["api"],
+            max_file_size=space.limits.file_bytes,
+            blocked_paths=[str(space.state / "sessions")],
+            enable_monitoring=False,
+        )
+        yield shared or url
+    finally:
+        space.sessions.close()
+        blocks.close(verbose=False)
+        space.close()
+
+
+def free_port(host: str) -> int:
+    from msa_hf.serving.server import bind
+
+    with bind(host, 0) as listener:
+        return listener.getsockname()[1]

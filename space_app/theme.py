@@ -1,0 +1,31 @@
+"""How the page looks: Gradio's base theme in our colours, with the fonts that a machine has."""
+
+from pathlib import Path
+
+import gradio as gr
+
+STYLE = Path(__file__).resolve().parent / "style.css"
+_SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "monospace"]
+
+
+def theme() -> gr.themes.Base:
+    """Light and dark; fetches no font from anywhere."""
+    made = gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=_SANS,
+        font_mono=_MONO,
+    )
+    return made.set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        color_accent="*primary_700",
+        block_label_text_weight="500",
+        block_shadow="none",
+        block_border_width="1px",
+    )
