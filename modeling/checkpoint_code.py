@@ -14,6 +14,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_msa.MSAConfig",
     "AutoModel": "modeling_msa.MSAModel",
     "AutoModelForCausalLM": "modeling_msa.MSAForCausalLM",
+    # A language model decides by the logits of its answers. This is also the only Auto class that
+    # `transformers serve` asks; it finds no other class outside of Transformers.
+    "AutoModelForDecision": "modeling_msa.MSAForCausalLM",
 }
 _kernels: dict[str, Callable[[], str] | None] = {"source": None}
 

@@ -51,7 +51,8 @@ class BareEnvironment:
             program = self.folder / "program.py"
         return json.loads(self._run(["-I", program, *map(str, arguments)]).splitlines()[-1])
 
-    def _run(self, command: list) -> str:
+    def start(self, *words: object, **options: object) -> subprocess.Popen:
+        """A process of this Python."""
         keep = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
         environment = keep | {
             "HF_HOME": str(self.folder / "hf"),
@@ -60,14 +61,13 @@ class BareEnvironment:
             "OMP_NUM_THREADS": "1",
             "PATH": "",
         }
-        done = subprocess.run(
-            [self.python, *command],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            check=False,
+        command = [self.python, *map(str, words)]
+        return subprocess.Popen(
+            command, env=environment, cwd=self.folder, stdin=subprocess.DEVNULL, text=True, **options
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+
+    def _run(self, words: list) -> str:
+        with self.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            out, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        return out
