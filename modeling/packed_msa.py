@@ -100,12 +100,9 @@ def packed_forward(model, input_ids, attention_mask, position_ids, doc_ids, inpu
 
 def _recomputes_alone(layer) -> bool:
     """Whether a layer is checkpointed the reentrant way: that sees its arguments and its output alone."""
-    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-    return (
-        layer.training
-        and layer.gradient_checkpointing
-        and (getattr(checkpoint, "keywords", {}).get("use_reentrant") is True)
-    )
+    if not (layer.training and layer.gradient_checkpointing):
+        return False
+    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is True
 
 
 def _by_number(scores: torch.Tensor, visible: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -356,7 +356,7 @@ def packed_row(**checkpointing):
         config, inputs = tester.prepare_config_and_inputs_for_common()
         model = MSAForCausalLM(config).train()
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+        model.gradient_checkpointing_enable(checkpointing)
     return model, {**inputs, **tester.document_labels(), "labels": inputs["input_ids"].clone()}
 
 
