@@ -20,7 +20,9 @@ def needed(roots: tuple[str, ...]) -> dict[str, Distribution]:
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if name in ABSENT or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+        if name in ABSENT - set(roots) or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
             continue
         if name not in found:
             found[name] = distribution(name)
@@ -37,7 +39,7 @@ class BareEnvironment:
         venv.create(folder / "environment", with_pip=False)
         self.python = folder / "environment" / ("Scripts" if os.name == "nt" else "bin") / "python"
         packages = folder / "packages"
-        packages.mkdir()
+        packages.mkdir(parents=True)
         for own in self.distributions.values():
             for top in {file.parts[0] for file in own.files} - {"..", "__pycache__"}:
                 (packages / top).symlink_to(own.locate_file(top))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import remote_code_story
-from bare_environment import BareEnvironment
+from bare_environment import ROOTS, BareEnvironment
 from hub_server import hub_of_this_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from msa_hf import kernel_export
 from msa_hf.modeling.checkpoint_code import AUTO_MAP
 
-ROOT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parent.parent
 MODELS = {
     "chat": ({"kind": "llama"}, ["attention", "router"]),
     "msa": ({"kind": "qwen3", "prompt_format": "msa"}, ["attention", "router", "generative"]),
@@ -45,7 +45,7 @@ def complete_code():
     while waiting:
         name = waiting.pop()
         if f"{name}.py" not in sources:
-            sources[f"{name}.py"] = text = (ROOT / "modeling" / f"{name}.py").read_text()
+            sources[f"{name}.py"] = text = (PROJECT / "modeling" / f"{name}.py").read_text()
             waiting += re.findall(r"^\s*from \.(\w+) import", text, re.M)
     return sources | {"triton_ops.py": kernel_export.amalgamate()}
 
@@ -129,6 +129,38 @@ def test_remote_code_gives_the_tokens_of_the_package(name, bare, tiny_tokenizer,
     assert {path.name for path in (there / "again").iterdir()} == {path.name for path in folder.iterdir()}
 
 
+def test_kernels_come_with_the_checkpoint(tiny_tokenizer, tmp_path):
+    """With triton, but without msa_hf: interpreted on a CPU."""
+    pytest.importorskip("triton")
+    environment = BareEnvironment(tmp_path / "environment", (*ROOTS, "triton"))
+    folder = saved(tmp_path / "model", tiny_tokenizer, head_dim=16)
+    program = """
+import json, os, sys
+import torch
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+from importlib import import_module
+from transformers import AutoModelForCausalLM, AutoTokenizer
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).to(device)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+ops = import_module(type(model).__module__.replace("modeling_msa", "ops"))
+cache = {"backend": "turboquant", "preset": "3bit", "window": 16, "block": 16, "mean_group": 16}
+batch = tokenizer("Which city lies on the Seine, and where does it flow to?", return_tensors="pt").to(device)
+told = []
+for choice in (False, True):
+    ops.use_kernels(choice)
+    memory = model.encode_memory(["Paris lies on the Seine.", "Honey never spoils."], tokenizer)
+    options = {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 4}
+    tokens = model.generate(**batch, memory=memory, retrieval="attention", do_sample=False, **options).tolist()
+    told.append([ops.backend(device)[0], tokens])
+print(json.dumps(told))
+"""
+    (plain, expected), (kernels, tokens) = environment.run(program, folder)
+    assert (plain, kernels) == ("torch", "triton")
+    assert tokens == expected
+
+
 def test_a_tokenizer_needs_no_trust(bare, tiny_tokenizer, tmp_path):
     """With trust_remote_code=False nobody is asked, and none of the code runs."""
     folder = saved(tmp_path / "model", tiny_tokenizer)
@@ -153,9 +185,9 @@ def test_copies_share_a_process(order, tiny_tokenizer, tmp_path):
     first, second = (saved(tmp_path / name, tiny_tokenizer) for name in ("first", "second"))
     for path in second.glob("*.py"):
         path.write_text(path.read_text() + "\n# another release\n")
-    keep = {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    keep = {"PYTHONPATH": str(PROJECT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "remote_code_copies.py", first, second, order],
+        [sys.executable, PROJECT / "tests" / "remote_code_copies.py", first, second, order],
         env=os.environ | keep | {"OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
