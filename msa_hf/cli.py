@@ -34,6 +34,8 @@ _SUITES = {
     "cost": "encoding speed, time to first token, peak memory, bytes per token",
     "store": "bytes, recall, editing, opening and searching of a MemoryStore",
     "cache": "quantised key/value caches: KL, length, needles, MMLU, speed, bytes; any causal model",
+    "compare": "one question about some documents, answered with each cache side by side",
+    "needle": "facts hidden in a memory of real texts: found or lost over depth and length",
 }
 _CACHE_PARTS = "quality, bytes, length, needle, mmlu, speed"
 
@@ -311,7 +313,7 @@ def _add_eval(subparsers) -> None:
     parser = command(
         subparsers,
         "eval",
-        "measure retrieval, answers, cost or stores on HotpotQA, or quantised caches",
+        "measure retrieval, answers, cost or stores on HotpotQA, quantised caches, or needles in a memory",
         "\n".join(f"{name:10} {what}" for name, what in _SUITES.items()),
         "msa-hf eval retrieval ./smol-msa",
         "msa-hf eval answers ./smol-msa --questions 200 --out answers.json",
@@ -319,6 +321,8 @@ def _add_eval(subparsers) -> None:
         "msa-hf eval store ./smol-msa --store-documents 100000",
         "msa-hf eval cache smollm2-135m --systems 4bit,k4v3 --peers --plot kl.png",
         "msa-hf eval cache qwen2.5-coder-0.5b --parts mmlu --systems 2.7bit,1.8bit",
+        'msa-hf eval compare ./smol-msa --documents ./docs --ask "Which court heard the case?"',
+        "msa-hf eval needle ./smol-msa --lengths 10000,100000,1000000 --depths 5 --plot needle.png",
     )
     parser.add_argument("suite", choices=list(_SUITES), metavar="SUITE", help=", ".join(_SUITES))
     parser.add_argument(
@@ -343,9 +347,10 @@ def _add_eval(subparsers) -> None:
     parser.add_argument("--cache", metavar="FOLDER", help="where memories are kept between runs")
     parser.add_argument("--out", metavar="FILE", help="write the whole report as JSON, too")
     parser.add_argument(
-        "--plot", metavar="FILE", help="retrieval, cache: write a plot, too (needs matplotlib)"
+        "--plot", metavar="FILE", help="retrieval, cache, needle: write a plot, too (needs matplotlib)"
     )
     _add_cache_suite(parser)
+    _add_texts_suites(parser)
     add_batch_tokens(parser)
     add_loading(parser)
     parser.set_defaults(run=commands.evaluate)
@@ -372,8 +377,26 @@ def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--texts", type=positive, metavar="N", help="texts of quality and of length (9 and 4)")
     group.add_argument("--contexts", type=integers, metavar="N,N", help="tokens held in speed (2048,8192)")
     group.add_argument(
-        "--lengths", type=integers, metavar="N,N", help="tokens of needle (1024,2048,4096,7500)"
+        "--lengths",
+        type=integers,
+        metavar="N,N",
+        help="tokens of needle (1024,2048,4096,7500; of the suite needle 10000,100000)",
     )
+
+
+def _add_texts_suites(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("compare and needle suites")
+    group.add_argument(
+        "--documents",
+        nargs="+",
+        metavar="PATH",
+        help="files and folders to ask, or to hide facts in (needle: articles of SQuAD and HotpotQA)",
+    )
+    group.add_argument("--ask", metavar="TEXT", help="compare: the question")
+    group.add_argument(
+        "--depths", type=positive, metavar="N", help="needle: how many, from first to last (5)"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="needle: of the facts")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import store_commands
@@ -238,8 +239,9 @@ def calibrate_cache(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.suite == "cache":
-        evaluate_cache(options)
+    own = {"cache": evaluate_cache, "compare": compare_caches, "needle": evaluate_needle}
+    if options.suite in own:
+        own[options.suite](options)
         return
     from .evaluation import answers, cost, retrieval, store_costs
     from .evaluation.cached_memory import benchmark_memory
@@ -324,6 +326,55 @@ def evaluate_cache(options: argparse.Namespace) -> None:
     if options.out:
         cache_evaluation.save_json(report, options.out)
     print(json.dumps(report.to_dict()) if options.json else cache_evaluation.render(report))
+
+
+def compare_caches(options: argparse.Namespace) -> None:
+    from .documents import read_documents, split_document
+    from .evaluation import cache_comparison
+    from .store_ingestion import token_counter
+
+    if not options.documents or not options.ask:
+        raise MSAError("compare needs --documents PATH and --ask TEXT")
+    model, tokenizer = load_model(options.model, options.device, options.dtype)
+    read, count = read_documents(options.documents), token_counter(tokenizer)
+    pieces = [piece.content for document in read for piece in split_document(document, 256, count)]
+    memory = model.encode_memory(pieces, tokenizer, progress=_shows_progress(), **_batch_tokens(options))
+    names = options.systems or cache_comparison.SYSTEMS
+    answers = list(cache_comparison.compare_caches(model, tokenizer, options.ask, memory, names))
+    _report({"answers": [own.to_dict() for own in answers]}, cache_comparison.render(answers), options)
+
+
+def evaluate_needle(options: argparse.Namespace) -> None:
+    from .documents import read_documents
+    from .evaluation import memory_needle, needle_map
+
+    if options.plot and find_spec("matplotlib") is None:  # told before an hour of work
+        raise MSAError("--plot needs matplotlib: pip install matplotlib")
+    model, tokenizer = load_model(options.model, options.device, options.dtype)
+    events = memory_needle.needle_grid(
+        model,
+        tokenizer,
+        read_documents(options.documents) if options.documents else None,
+        options.lengths or memory_needle.LENGTHS,
+        options.depths or memory_needle.DEPTHS,
+        seed=options.seed,
+    )
+    warn_untrained(model)
+    cells = []
+    for event in events:
+        logger.info("%s", event)
+        if isinstance(event, memory_needle.NeedleCell):
+            cells.append(event)
+    if options.plot:
+        needle_map.save_plot(cells, options.plot)
+    _report(needle_map.to_dict(cells), needle_map.render(cells), options)
+
+
+def _report(result: dict, text: str, options: argparse.Namespace) -> None:
+    """Prints a result as JSON or as text, and writes it where --out says."""
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result) if options.json else text)
 
 
 def load_model(path: str, device: str | None = None, dtype: str = "auto"):
