@@ -7,6 +7,7 @@ commit on every branch that it goes to. What was uploaded before an interruption
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -24,6 +25,7 @@ from .hub_errors import HubError, HubMissingError, PushRefusedError, translated
 from .kernel_export import VERSION, export_kernels
 from .local_places import hide_places
 from .outgoing import OutgoingFile, check_card, check_file, outgoing_files
+from .space_export import PACKAGE, package_files
 from .store.exchange import CODING, DOCUMENTS
 from .store.exchange import INDEX as EXPORT_INDEX
 from .training.adapter import FEATURES_FOLDER, SETTINGS_FILE, WEIGHTS_FILE
@@ -48,6 +50,7 @@ _SPACE_SUFFIXES = {
     ".jpg",
     "",
 }
+_SPACE_FILES = ("app.py", CARD, "requirements.txt")  # of a folder that is a package itself
 _ADAPTER_FILES = (ADAPTER_FILE, WEIGHTS_FILE, SETTINGS_FILE, TRAINING_FILE, TRAINING_LOG)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -215,15 +218,27 @@ def plan_kernels(repository: str, scratch: str | Path, *, revision: str | None =
 
 
 def plan_space(folder: str | Path, repository: str, *, revision: str | None = None) -> Push:
-    """A push of a Gradio Space: app.py, what it needs, and its own README.md with the Space's settings."""
+    """A push of a Gradio Space: app.py, what it needs, and its own README.md with the Space's settings.
+
+    An app.py that imports msa_hf gets this package beside it, as it is installed here. Of a folder that is a
+    package itself, as space_app/ is, only app.py, README.md and requirements.txt go to the top.
+    """
     folder = _folder(folder)
     for name in ("app.py", CARD):
         if not (folder / name).is_file():
             raise PushRefusedError(f"{folder} is no Space: it has no {name}")
     if not (folder / CARD).read_text(encoding="utf-8").startswith("---\n"):
         raise PushRefusedError(f"{folder / CARD} must begin with the Space's settings (sdk: gradio, ...)")
+    code = (folder / "app.py").read_text(encoding="utf-8")
+    if (folder / PACKAGE).exists() or not re.search(rf"^\s*(?:from|import)\s+{PACKAGE}\b", code, re.M):
+        files = outgoing_files(folder, _SPACE_SUFFIXES)
+        return Push("space", repository, "space", files, (revision or REVISION,))
     files = outgoing_files(folder, _SPACE_SUFFIXES)
-    return Push("space", repository, "space", files, (revision or REVISION,))
+    if (folder / "__init__.py").is_file():
+        files = [file for file in files if file.path in _SPACE_FILES]
+    return Push(
+        "space", repository, "space", [*files, *package_files()], (revision or REVISION,), (f"{PACKAGE}/*",)
+    )
 
 
 def send(

@@ -13,9 +13,14 @@ FILE, MOST = "conversation.json", 40  # turns that are kept
 
 @dataclass(frozen=True)
 class Passage:
-    """A passage that an answer was given from; see `asking.Source`. per_layer: score by router layer."""
+    """A passage that an answer was given from; see `asking.Source`.
+
+    Attributes:
+        piece: its number in its document, which may be a single passage, 0. per_layer: score by router layer.
+    """
 
     document: str
+    piece: int
     title: str
     round: int
     rank: int
@@ -28,8 +33,10 @@ class Passage:
 
     @classmethod
     def of(cls, source: Source) -> "Passage":
+        _, mark, number = source.id.rpartition("#")
         return cls(
             document=source.source or source.id,
+            piece=int(number) if number.isdigit() and mark else 0,
             title=source.title,
             round=source.round,
             rank=source.rank,

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 NAME = "Library"
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
-_HINT = "Drop a book here, or click: .txt .md .html .pdf, source code, or a .zip of these"
+_HINT = (
+    '<p class="msa-hint">Drop a book here: .txt, .md, .html, .pdf, source code, or a .zip of these. A file '
+    "of the same name replaces the one that is there.</p>"
+)
 
 
 def build(page: Page) -> None:
@@ -29,21 +32,23 @@ def build(page: Page) -> None:
     meter = gr.HTML()
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=300):
+            gr.HTML(_HINT)
             files = gr.File(
-                label=_HINT,
+                show_label=False,
                 file_count="multiple",
                 file_types=sorted(SUFFIXES),
                 height=150,
                 elem_id="msa-files",
             )
         with gr.Column(scale=2, min_width=300):
+            gr.HTML('<p class="msa-hint">Or write one yourself:</p>')
             with gr.Accordion("Paste a text", open=False):
                 title = gr.Textbox(
                     label="Title", max_length=100, placeholder="Of the note; the same title replaces it"
                 )
                 text = gr.Textbox(label="Text", lines=5, max_lines=12, placeholder="Paste or write here")
                 paste = gr.Button("Add this text", variant="primary")
-            gr.HTML('<small style="color:var(--body-text-color-subdued)">Or begin with an example:</small>')
+            gr.HTML('<p class="msa-hint">Or begin with an example:</p>')
             with gr.Row():
                 own = gr.Button(OWN, size="sm")
                 wikipedia = gr.Button(WIKIPEDIA, size="sm")
@@ -53,13 +58,11 @@ def build(page: Page) -> None:
     message = gr.HTML()
     search = gr.Textbox(label="Search the documents", placeholder="words of a name or title", max_length=200)
     table = gr.HTML()
+    chosen = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Choose documents")
     with gr.Row():
-        chosen = gr.Dropdown(
-            [], multiselect=True, allow_custom_value=True, label="Choose documents", scale=3, min_width=220
-        )
         delete = gr.Button("Delete", scale=1, min_width=80)
         edit = gr.Button("Edit", scale=1, min_width=80)
-        forget = gr.Button("Forget …", scale=1, min_width=90, elem_classes="msa-danger")
+        forget = gr.Button("Forget…", scale=1, min_width=80, elem_classes="msa-danger")
         undo = gr.Button("Undo", scale=1, min_width=80, interactive=False)
         redo = gr.Button("Redo", scale=1, min_width=80, interactive=False)
     with gr.Group(visible=False) as confirming:

@@ -64,8 +64,9 @@ def build_page(space: Space) -> gr.Blocks:
         for tab, shown in tabs:
             for function, outputs in shown:
                 options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
-                opened.then(_for_key(page, function), [key], outputs, **options)
-                tab.select(_for_key(page, function), [key], outputs, **options)
+                fill = _for_key(page, function, len(outputs))
+                opened.then(fill, [key], outputs, **options)
+                tab.select(fill, [key], outputs, **options)
     blocks.queue(default_concurrency_limit=8, max_size=256)
     return blocks
 
@@ -80,8 +81,10 @@ def _ensured(space: Space):
     return ensured
 
 
-def _for_key(page: Page, function: Callable[[Session], Any]):
-    def for_key(key: str):
+def _for_key(page: Page, function: Callable[[Session], Any], outputs: int):
+    def for_key(key: str | None):
+        if key is None:  # the first tab is chosen before the page has its session
+            return [gr.skip()] * outputs
         return function(page.session(key))
 
     return for_key

@@ -176,7 +176,7 @@ def passage_block(passage: Passage, words: set[str]) -> str:
     chips = "".join(f"<span>{text}</span>" for text in figures)
     return (
         f'<div class="msa-passage"><div class="msa-head"><b>{safe(passage.title or title)}</b>'
-        f"<small>{safe(passage.document)}</small></div><p>{highlighted(body, words)}</p>"
+        f"<small>{safe(_place(passage))}</small></div><p>{highlighted(body, words)}</p>"
         f'<div class="msa-chips">{chips}</div></div>'
     )
 
@@ -186,7 +186,7 @@ def heat_map(passages: Sequence[Passage]) -> str:
     layers = list(dict.fromkeys(layer for own in passages for layer in own.per_layer))
     if not layers:
         return ""
-    head = "".join(f'<th scope="col">{safe(own.title[:40])}</th>' for own in passages)
+    head = "".join(f'<th scope="col">{safe(_short(own))}</th>' for own in passages)
     lines = ""
     for layer in layers:
         scores = [own.per_layer.get(layer, float("nan")) for own in passages]
@@ -200,6 +200,15 @@ def heat_map(passages: Sequence[Passage]) -> str:
         f"<thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def _place(passage: Passage) -> str:
+    return f"{passage.document}, passage {passage.piece}" if passage.piece else passage.document
+
+
+def _short(passage: Passage) -> str:
+    title = passage.title if len(passage.title) <= 28 else f"{passage.title[:27]}…"
+    return f"{title} ({passage.piece})" if passage.piece else title
 
 
 def _cell(score: float, low: float, high: float) -> str:
