@@ -20,6 +20,7 @@ from msa_hf import MSAConfig, commands
 from msa_hf.cli import main
 from msa_hf.conversion import convert, export_reference, open_score_normalization
 from msa_hf.modeling.errors import ConversionError
+from msa_hf.training.adapter import router_weights, save_router_adapter
 
 CHECKPOINT = FOLDER / "ckpt"
 CONFIGS = ("config.json", "config_infonce_decouple.json", "config_p64.json")
@@ -98,6 +99,26 @@ def test_there_and_back_are_the_same_files(config, tmp_path):
     assert settings["eos_token_id"] == [259, 260] and settings["pad_token_id"] == 260
 
 
+@pytest.mark.parametrize("layers", [[2, 3], [3]])
+def test_an_adapter_replaces_the_routers_of_the_reference(layers, converted, tmp_path):
+    """All of them: of a layer that the adapter leaves out, none is left."""
+    model = AutoModelForCausalLM.from_pretrained(converted)
+    model.config.router_layers = layers
+    routers = {name: tensor.detach().normal_() for name, tensor in router_weights(model).items()}
+    save_router_adapter(model, tmp_path / "adapter")
+    source = reference(tmp_path / "source")
+    own = convert(source, tmp_path / "own", routers=tmp_path / "adapter")
+    found = load_file(own / "model.safetensors")
+    kept = {
+        name: own for name, own in load_file(source / "model.safetensors").items() if "router" not in name
+    }
+    kept.pop("temperature")
+    assert found.keys() == kept.keys() | routers.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in {**kept, **routers}.items())
+    exported = export_reference(own, tmp_path / "exported")
+    assert fields_of(exported)["msa_config"]["router_layer_idx"] == ",".join(map(str, layers))
+
+
 def test_values_that_our_config_does_not_hold_come_back(tmp_path):
     """And those that it holds are its own: what was changed after the conversion is what is exported."""
     source = reference(
@@ -160,6 +181,8 @@ def test_a_model_made_here_loads_from_its_export(case, tiny_tokenizer, tmp_path)
     written = fields_of(folder)
     assert written["model_type"] == "msa" and written["architectures"] == ["MSAForCausalLM"]
     assert sorted(written["msa_config"]) == sorted(SECTION_5)
+    layers = written["msa_config"]["router_layer_idx"]
+    assert layers == ("all" if case == "every layer" else "1,2")
     assert written["rope_theta"] == 1e4 and written["torch_dtype"] == "float32"
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -340,6 +363,8 @@ def test_nothing_is_asked_without_a_terminal_and_of_other_sources(
         for other in ("smollm2-135m", file):
             assert open_score_normalization(other) is None
     monkeypatch.setattr(commands, "_say", lambda text: pytest.fail("asked"))
+    arguments = ["convert", str(source), str(tmp_path / "no"), "--routers", str(tmp_path / "absent")]
+    assert main(arguments) == 1, "an adapter says how its routers score"
     assert main(["convert", str(tmp_path / "nothing" / "here.gguf"), str(tmp_path / "no")]) == 1
     assert "does not exist" in capsys.readouterr().err
 
