@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .cache_files import architecture, differing_fields
-from .cache_settings import CacheSettings
+from .cache_settings import PRESETS, CacheSettings
+from .checkpoint_code import CALIBRATION_FILES, calibration_beside
 from .errors import MemoryFormatError, MemoryMismatchError
 from .fitted_transforms import FittedTransforms
 from .memory_files import (
@@ -34,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "msa_hf cache calibration"
 FORMAT_VERSION = 1
-INDEX = "calibration.json"
-TENSORS = "calibration.safetensors"
+TENSORS, INDEX = CALIBRATION_FILES
 _folders: list[Path] = []
 
 
@@ -141,16 +141,34 @@ def register_calibrations(folder: str | Path) -> None:
 
 
 def find_calibration(preset: str, config: Any) -> Calibration | None:
-    """The registered calibration of exactly this architecture for a named preset; None if there is none."""
+    """The calibration of exactly this architecture for a named preset: what lies beside its checkpoint, else
+    what is registered; None if there is none."""
+    if preset in (getattr(config, "calibrated_presets", None) or ()):
+        directory = calibration_beside(preset, config)
+        if directory is not None and (calibration := _shipped(directory)).model == identity(config):
+            return calibration
+        logger.warning(
+            "%s: no calibration is beside %s, as its config.json says", preset, config.name_or_path
+        )
+    directory = _registered_folder(preset, config)
+    return None if directory is None else _shipped(directory)
+
+
+def _registered_folder(preset: str, config: Any) -> Path | None:
     own = None
     for folder in _folders:
         for path in sorted(folder.glob(f"*-{preset}/{INDEX}")):
             own = own or identity(config)
-            calibration = _shipped(path.parent)
-            if calibration.model == own:
+            if _shipped(path.parent).model == own:
                 logger.info("%s: the calibration in %s", preset, path.parent)
-                return calibration
+                return path.parent
     return None
+
+
+def registered_calibrations(config: Any) -> dict[str, Path]:
+    """The folders of all registered calibrations of exactly this architecture, by preset."""
+    found = {preset: _registered_folder(preset, config) for preset in PRESETS}
+    return {preset: folder for preset, folder in found.items() if folder is not None}
 
 
 @lru_cache(maxsize=16)

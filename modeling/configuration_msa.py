@@ -87,6 +87,8 @@ class MSAConfig(PreTrainedConfig):
             `prompts_msa`).
         answer_style (`str`): how original text is put before the model: its "chat" template, or after worked
             "examples".
+        calibrated_presets (`list[str]`, *optional*): presets of `TurboQuantCache` that a calibration lies
+            beside the checkpoint for; written by `save_pretrained`.
     """
 
     model_type = "memory_sparse_attention"
@@ -140,6 +142,7 @@ class MSAConfig(PreTrainedConfig):
     lexical_prior: bool = False
     prompt_format: str = "chat"
     answer_style: str = "chat"
+    calibrated_presets: list[str] | None = None
 
     aux_loss_method: str = "INFONCE_DECOUPLE"
     aux_temperature: float = 0.1
@@ -181,8 +184,7 @@ class MSAConfig(PreTrainedConfig):
         self.head_reduction = reference.get("head_reduce_method", "max")
         self.query_reduction = reference.get("query_reduce_method", "max")
         self.chunk_reduction = reference.get("chunk_reduce_method", "max")
-        chosen = reference.get("score_normalization")
-        self.score_normalization = chosen or ("cosine" if "INFONCE" in method else "dot")
+        self.score_normalization = "cosine" if "INFONCE" in method else "dot"
         self.aux_loss_method = method
         self.aux_temperature = reference.get("infonce_loss_temp", 0.1)
         self.lm_loss_weight = reference.get("lmloss_weight", reference.get("lmloss_weigth", 1.0))
@@ -192,7 +194,8 @@ class MSAConfig(PreTrainedConfig):
         self.rewrite_positions = reference.get("rewrite_position", True)
         self.routers_trained, self.retrieval, self.lexical_prior = True, "generative", False
         self.prompt_format = "msa"
-        if method != "INFONCE" and chosen is None and self.score_normalization == "cosine":
+        chosen = reference.get("score_normalization") is not None
+        if method != "INFONCE" and self.score_normalization == "cosine" and not chosen:
             logger.warning(
                 f"This checkpoint was trained with {method} on cosine scores, which is what is used "
                 "here; the reference "
@@ -256,8 +259,7 @@ class MSAConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
         """As every configuration's; beside the models' code, which is copied before, it completes this."""
-        if auto_map := complete_code(save_directory, getattr(self, "auto_map", None)):
-            self.auto_map = auto_map
+        complete_code(save_directory, self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
@@ -300,7 +302,7 @@ class MSAReferenceConfig(MSAConfig):
     def from_dict(cls, config_dict, **kwargs):
         fields = {**config_dict, "model_type": MSAConfig.model_type}
         if "msa_config" in fields and (chosen := kwargs.get("score_normalization")) is not None:
-            # Said there as well, so that nobody is warned about what was just decided.
+            # The value itself is set from `kwargs`; here it keeps from warning of what was just decided.
             fields["msa_config"] = {**fields["msa_config"], "score_normalization": chosen}
         return MSAConfig.from_dict(fields, **kwargs)
 

@@ -86,6 +86,15 @@ class MSAPreTrainedModel(PreTrainedModel):
     # The reference saves its constant loss temperature; here it is `MSAConfig.aux_temperature`.
     _keys_to_ignore_on_load_unexpected = [r"^temperature$"]
 
+    @classmethod
+    def from_pretrained(cls, *args, revision: str = "main", **kwargs):
+        """As every model's. The configuration notes the revision, from which caches take calibrations, too."""
+        loaded = super().from_pretrained(*args, revision=revision, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        if getattr(model.config, "_commit_hash", None) is None:  # older releases note it themselves
+            model.config._commit_hash = revision
+        return loaded
+
     @property
     def device(self) -> torch.device:
         """Where inputs and memories go. Embeddings that `device_map` keeps on a disk are nowhere themselves;

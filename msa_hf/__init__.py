@@ -46,8 +46,12 @@ from transformers.models.auto import modeling_auto  # noqa: E402
 from .configs import caches_folder  # noqa: E402
 from .kernel_export import amalgamate  # noqa: E402
 from .modeling.cache_turboquant import TurboQuantCache  # noqa: E402
-from .modeling.calibration_files import Calibration, register_calibrations  # noqa: E402
-from .modeling.checkpoint_code import register_kernel_source  # noqa: E402
+from .modeling.calibration_files import (  # noqa: E402
+    Calibration,
+    register_calibrations,
+    registered_calibrations,
+)
+from .modeling.checkpoint_code import register_calibration_source, register_kernel_source  # noqa: E402
 from .modeling.configuration_msa import MSAConfig, MSAReferenceConfig  # noqa: E402
 from .modeling.memory_bank import MemoryBank  # noqa: E402
 from .modeling.modeling_msa import MSAForCausalLM, MSAModel  # noqa: E402
@@ -79,3 +83,4 @@ MSAConfig.register_for_auto_class()
 MSAModel.register_for_auto_class("AutoModel")
 MSAForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 register_kernel_source(amalgamate)
+register_calibration_source(registered_calibrations)

@@ -3,19 +3,25 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import remote_code_story
+import torch
 from bare_environment import ROOTS, BareEnvironment
+from hub_cases import contents
 from hub_server import hub_of_this_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
-from msa_hf import kernel_export
+from msa_hf import MSAForCausalLM, TurboQuantCache, kernel_export
+from msa_hf.modeling.cache_settings import CacheSettings
+from msa_hf.modeling.calibration_files import Calibration, identity
 from msa_hf.modeling.checkpoint_code import AUTO_MAP
+from msa_hf.modeling.fitted_transforms import FittedTransforms
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -100,6 +106,85 @@ def test_push_to_hub_sends_all_of_it(tmp_path, monkeypatch):
         assert {"generation_config.json", "model.safetensors"} <= set(sent)
 
 
+@pytest.fixture
+def calibrations(tmp_path, monkeypatch):
+    """The folder of two registered calibrations of the tiny model, one of them with transforms."""
+    monkeypatch.setattr("msa_hf.modeling.calibration_files._folders", [tmp_path / "registered"])
+    config, widths = tiny_model().config, {"keys": "1/2x4+1/2x1", "values": "1/2x3+1/2x1"}
+    settings = CacheSettings(key_bits=widths["keys"], value_bits=widths["values"], window=4, block=4)
+    torch.manual_seed(0)
+    matrices = {
+        f"layers.{layer}.{kind}": torch.linalg.qr(torch.randn(2, 8, 8)).Q.half()
+        for layer in range(3)
+        for kind in widths
+    }
+    for preset, transforms in (("2.7bit", FittedTransforms(matrices)), ("1.8bit", None)):
+        made = Calibration(settings, identity(config), transforms, "", {})
+        made.save_pretrained(tmp_path / "registered" / f"tiny-{preset}")
+    return tmp_path / "registered"
+
+
+def test_calibrations_travel_with_a_checkpoint(calibrations, bare, tiny_tokenizer, tmp_path):
+    """Presets that are calibrated here are calibrated alike where only the checkpoint is."""
+    folder = saved(tmp_path / "model", tiny_tokenizer)
+    for preset in ("2.7bit", "1.8bit"):
+        sent = {path.name: path.read_bytes() for path in (folder / "calibrations" / preset).iterdir()}
+        own = {path.name: path.read_bytes() for path in (calibrations / f"tiny-{preset}").iterdir()}
+        assert sent == own
+    program = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+def tell(folder, trust):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    batch = tokenizer("Which city lies on the Seine, and where to?", return_tensors="pt").data
+    told = []
+    for preset in ("2.7bit", "1.8bit", "3bit"):
+        cache = {"backend": "turboquant", "preset": preset}
+        batch |= {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 12}
+        out = model.generate(**batch, do_sample=False, return_dict_in_generate=True)
+        told.append([out.sequences.tolist(), out.past_key_values.settings.to_dict()])
+    return told, model
+
+if __name__ == "__main__":
+    told, model = tell(sys.argv[1], True)
+    model.save_pretrained(sys.argv[2])
+    AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False).save_pretrained(sys.argv[2])
+    print(json.dumps([told, tell(sys.argv[2], True)[0]]))
+"""
+    (tmp_path / "program.py").write_text(program)
+    expected = runpy.run_path(str(tmp_path / "program.py"))["tell"](folder, False)[0]
+    assert len({str(tokens) for tokens, _ in expected}) == 3, "transforms and bits must be seen"
+    again = tmp_path / "again"
+    assert bare.run(program, folder, again) == json.loads(json.dumps([expected, expected]))
+    written, first = contents(again), contents(folder)
+    assert written.pop("tokenizer_config.json") and first.pop(
+        "tokenizer_config.json"
+    )  # says where it was read
+    assert written == first
+
+
+def test_calibrations_come_from_the_hub(calibrations, tmp_path, monkeypatch, caplog):
+    """Those of the commit that the model was loaded at."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    expected = TurboQuantCache(tiny_model().config, "2.7bit").settings
+    monkeypatch.setattr("msa_hf.modeling.calibration_files._folders", [])
+    assert TurboQuantCache(tiny_model().config, "2.7bit").settings != expected
+    with hub_of_this_process(tmp_path, monkeypatch) as server:
+        commit = server.add("user/model", contents(tmp_path / "model"))
+        server.add("user/model", {"calibrations/2.7bit/calibration.json": b"of a later commit"})
+        model = MSAForCausalLM.from_pretrained("user/model", revision=commit)
+        assert TurboQuantCache(model.config, "2.7bit").settings == expected
+        model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "calibrations" / "1.8bit" / "calibration.json").is_file()
+    for path in (tmp_path / "again").rglob("calibration.*"):
+        path.unlink()
+    again = MSAForCausalLM.from_pretrained(tmp_path / "again")
+    assert TurboQuantCache(again.config, "2.7bit").settings != expected
+    assert "no calibration is beside" in caplog.text
+
+
 # Without the package
 
 
@@ -146,14 +231,14 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
 ops = import_module(type(model).__module__.replace("modeling_msa", "ops"))
 cache = {"backend": "turboquant", "preset": "3bit", "window": 16, "block": 16, "mean_group": 16}
-batch = tokenizer("Which city lies on the Seine, and where does it flow to?", return_tensors="pt").to(device)
+batch = tokenizer("Which city lies on the Seine, and where to?", return_tensors="pt").to(device).data
 told = []
 for choice in (False, True):
     ops.use_kernels(choice)
     memory = model.encode_memory(["Paris lies on the Seine.", "Honey never spoils."], tokenizer)
-    options = {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 4}
-    tokens = model.generate(**batch, memory=memory, retrieval="attention", do_sample=False, **options).tolist()
-    told.append([ops.backend(device)[0], tokens])
+    batch |= {"cache_implementation": "quantized", "cache_config": cache, "max_new_tokens": 4}
+    tokens = model.generate(**batch, memory=memory, retrieval="attention", do_sample=False)
+    told.append([ops.backend(device)[0], tokens.tolist()])
 print(json.dumps(told))
 """
     (plain, expected), (kernels, tokens) = environment.run(program, folder)
