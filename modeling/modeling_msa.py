@@ -88,7 +88,7 @@ class MSAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, revision: str = "main", **kwargs):
-        """As every model's. The configuration notes the revision, from which caches take calibrations, too."""
+        """As every model's. The configuration notes the revision: calibrations come from it, too."""
         loaded = super().from_pretrained(*args, revision=revision, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         if getattr(model.config, "_commit_hash", None) is None:  # older releases note it themselves
