@@ -1,10 +1,13 @@
 """What a Hugging Face Space runs. Change MODEL to a converted model on the Hub; None is the default one."""
 
+import contextlib
 import os
 import threading
 from pathlib import Path
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+with contextlib.suppress(ImportError):
+    import spaces  # noqa: F401  (ZeroGPU wants to be there before torch is)
 
 from msa_hf.packaged_model import ready_model  # noqa: E402
 from msa_hf.space_app.server import served  # noqa: E402

@@ -98,11 +98,11 @@ class Library:
 
     def text(self, name: str) -> str:
         """The text of a document, as it was cut. Raises Refused if it is not there."""
-        pieces = [own for own in self._stored() if own.metadata.get("document") == name]
+        pieces = [own for own in self._stored() if own.metadata["document"] == name]
         if not pieces:
             raise Refused(f"There is no document {name!r} any more.")
-        pieces.sort(key=lambda own: own.metadata.get("piece", 0))
-        titles = [f"{own.metadata['title']}\n" if own.metadata.get("title") else "" for own in pieces]
+        pieces.sort(key=lambda own: own.metadata["piece"])
+        titles = [f"{own.metadata['title']}\n" if own.metadata["title"] else "" for own in pieces]
         return "\n\n".join(own.text.removeprefix(title) for own, title in zip(pieces, titles))
 
     def meter(self) -> Meter:
@@ -205,7 +205,7 @@ class Library:
         finished = replaced & {document.id for document in documents[: progress.documents]}
         current = {own.id for own in flat}
         self._remove(
-            [own.id for own in stored if own.metadata.get("document") in finished and own.id not in current]
+            [own.id for own in stored if own.metadata["document"] in finished and own.id not in current]
         )
         yield replace(progress, ended=True, cancelled=progress.tokens < progress.all_tokens)
 
@@ -217,7 +217,7 @@ class Library:
         for number, piece in enumerate(pieces, 1):
             own = document.id if len(pieces) == 1 else f"{document.id}#{number}"
             notes = {"document": document.id, "title": piece.title, "source": document.id}
-            notes |= {"kind": document.metadata.get("kind", "text"), "piece": number}
+            notes |= {"document_title": document.title, "kind": document.metadata["kind"], "piece": number}
             result.append(_Passage(own, piece.content, notes, self._engine.count(piece.content)))
         return result
 
@@ -289,10 +289,9 @@ class Library:
 def _rows(stored: Iterable[StoredDocument]) -> list[Row]:
     rows: dict[str, Row] = {}
     for own in stored:
-        name, notes = own.metadata.get("document", own.id), own.metadata
-        known = rows.get(name) or Row(
-            name, notes.get("title", "").partition(" > ")[0], notes.get("kind", ""), 0, 0
-        )
+        notes = own.metadata
+        name = notes["document"]
+        known = rows.get(name) or Row(name, notes["document_title"], notes["kind"], 0, 0)
         rows[name] = replace(known, passages=known.passages + 1, tokens=known.tokens + own.tokens)
     return list(rows.values())
 
@@ -306,11 +305,11 @@ def _passages_of(stored: list[StoredDocument], names: Iterable[str]) -> list[str
     names = list(dict.fromkeys(names))
     if not names:
         raise Refused("Choose a document first.")
-    known = {own.metadata.get("document", own.id) for own in stored}
+    known = {own.metadata["document"] for own in stored}
     for name in names:
         if name not in known:
             raise Refused(f"There is no document {name!r} any more.")
-    return [own.id for own in stored if own.metadata.get("document", own.id) in names]
+    return [own.id for own in stored if own.metadata["document"] in names]
 
 
 def _named(documents: Iterable[Document]) -> list[Document]:

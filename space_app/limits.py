@@ -14,6 +14,10 @@ class Limits:
         documents, tokens: of one library. piece_tokens: of a passage, the title line included.
         question_characters, answer_tokens, answer_seconds: of a question and its answer.
         questions_per_minute, uploads_per_minute: of one session. waiting: questions that may wait in all.
+        comparison_tokens: of the prompt that caches are compared on. needle_tokens, needle_cpu_tokens: of the
+            longest text that a fact is hidden in, on a GPU and on a CPU; needle_cells: facts of one test.
+        trial_seconds: of one comparison or needle test; trials_per_minute: begun in one session; trials: that
+            run at once in all.
         sessions: at once. disk_bytes: of all libraries together.
         idle_seconds: after which a session's hold on memory ends. keep_seconds: after which its library is
             removed.
@@ -35,6 +39,13 @@ class Limits:
     questions_per_minute: int = 20
     uploads_per_minute: int = 12
     waiting: int = 64
+    comparison_tokens: int = 2048
+    needle_tokens: int = 4_000_000
+    needle_cpu_tokens: int = 1_000_000
+    needle_cells: int = 60
+    trial_seconds: float = 1800.0
+    trials_per_minute: int = 6
+    trials: int = 2
     sessions: int = 1000
     disk_bytes: int = 20 << 30
     idle_seconds: float = 1800.0

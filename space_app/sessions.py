@@ -18,7 +18,7 @@ from .rates import Rate
 from .refusals import Refused
 
 KEY = re.compile(r"[0-9a-f]{32}")  # 128 random bits
-FOLDERS, STOP, USED = "sessions", "stop", "used"
+FOLDERS, STOP, HALT, USED = "sessions", "stop", "halt", "used"
 
 
 class Session:
@@ -30,7 +30,9 @@ class Session:
         self.history = History(folder)
         self.questions = Rate(limits.questions_per_minute, "questions", clock)
         self.uploads = Rate(limits.uploads_per_minute, "uploads", clock)
+        self.trials = Rate(limits.trials_per_minute, "tests", clock)
         self.asking = threading.Lock()  # one answer at a time: the next question may refer to it
+        self.trying = threading.Lock()  # one comparison or needle test at a time
         self.used = clock()
 
     @property
@@ -39,13 +41,23 @@ class Session:
         return self.folder / STOP
 
     @property
+    def halt(self) -> Path:
+        """The file that ends the comparison or the needle test that is running."""
+        return self.folder / HALT
+
+    def end_trial(self) -> None:
+        """Ends the comparison or the needle test, if one is running; what it has shown stays."""
+        if self.trying.locked():
+            self.halt.touch()
+
+    @property
     def scratch(self) -> Path:
         """A new folder for the files of an upload."""
         return self.folder / "incoming" / secrets.token_hex(8)
 
     @property
     def busy(self) -> bool:
-        return self.library.busy or self.asking.locked()
+        return self.library.busy or self.asking.locked() or self.trying.locked()
 
 
 class Sessions:
@@ -125,6 +137,7 @@ class Sessions:
                 session.library.cancel()
                 if session.asking.locked():
                     session.stop.touch()
+                session.end_trial()
 
     def _opened(self, key: str, make: bool) -> Session:
         name = hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .engine import Engine
 from .limits import Limits
+from .trials import Trials
 from .sessions import Sessions
 
 SECRET, UPLOADS = "secret", "uploads"
@@ -31,6 +32,7 @@ class Space:
         shutil.rmtree(self.uploads, ignore_errors=True)
         self.uploads.mkdir()
         self.engine = Engine(model, tokenizer, name, self.limits, options.pop("portion_tokens", None))
+        self.trials = Trials(self.engine, self.limits)
         self.sessions = Sessions(self.state, self.engine, self.limits, **options)
 
     @property

@@ -63,7 +63,8 @@ def text_document(text: str, title: str, name: str, limits: Limits) -> Document:
         raise Refused("There is no text to add: paste some first.")
     if len(text.encode("utf-8", "replace")) > limits.file_bytes:
         raise Refused(f"This text is longer than {_mb(limits.file_bytes)}: add it in parts.")
-    document = Document(name, title, text.encode("utf-8", "replace").decode().replace("\r\n", "\n"), name)
+    text = text.encode("utf-8", "replace").decode().replace("\r\n", "\n")
+    document = Document(name, title, text, name, {"kind": "text"})
     _check_text(document, "This text")
     return document
 

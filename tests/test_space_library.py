@@ -270,7 +270,7 @@ def test_a_refused_upload_changes_nothing(case, space, session, tmp_path):
 def test_a_high_ratio_is_refused_even_where_the_size_is_not(tmp_path, session, space):
     path = tmp_path / "a.zip"
     path.write_bytes(zipped({"a.txt": b"a" * 5_000_000}))
-    wide = replace(LIMITS, file_bytes=10_000_000)
+    wide = replace(LIMITS, file_bytes=10_000_000, archive_bytes=10_000_000)
     with pytest.raises(Refused, match="more than 100 times"):
         unpack(path, "a.zip", tmp_path / "out", wide)
     path.write_bytes(zipped({"a.txt": b"a" * 5_000_000}, zipfile.ZIP_STORED))
