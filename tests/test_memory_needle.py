@@ -211,6 +211,22 @@ def test_what_is_asked(model, tiny_tokenizer, monkeypatch):
     assert asked[2][0].documents[-1].endswith(cells[2].fact)
 
 
+def test_a_fact_takes_no_word_of_the_texts(model, tiny_tokenizer):
+    """Texts that hold what would be drawn get other facts."""
+    first = cells_of(grid(model, tiny_tokenizer, lengths=(300,)))
+    planted = [f"{cell.fact} It is well known." for cell in first]
+    again = cells_of(grid(model, tiny_tokenizer, [*planted, *TEXTS], lengths=(300,)))
+    known = {word for text in planted for word in words(text)}
+    assert len(again) == 3 and not any(set(words(cell.expected)) & known for cell in again)
+
+
+def test_a_depth_between_two_documents_is_in_front_of_the_second(model, tiny_tokenizer):
+    texts = ["The first has a text.", "The other has a text."]
+    size = sum(map(len, texts))
+    cells = cells_of(grid(model, tiny_tokenizer, texts, (size,), depths=[0.49, 0.5]))
+    assert [(cell.documents, cell.document) for cell in cells] == [(2, 0), (2, 1)]
+
+
 def test_a_fact_that_is_told_counts_as_found(model, tiny_tokenizer, monkeypatch):
     from dataclasses import replace
 

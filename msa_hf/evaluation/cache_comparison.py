@@ -48,7 +48,9 @@ class CacheAnswer:
         bytes: held before the answer: "total"; "reserved", room for coming tokens that is part of it;
             "bfloat16", what the same tokens would take; of a quantised cache "codes", "scales", "means",
             "window", "exact", "transforms" (of the model, whatever the length) and "other", too.
-        seconds_per_token: median of single-token steps; speed: the dense cache's over this one's.
+        seconds_per_token: median of single-token steps; speed: the dense cache's over this one's. The caches
+            run one after the other, so other work on the machine shows in it; `msa-hf eval cache --parts
+            speed` takes turns.
     """
 
     system: str
