@@ -385,8 +385,10 @@ def test_a_hub_id_is_converted_and_small_files_come_first(tmp_path):
     """In a process of its own, from a Hub that speaks its API: weights come after the config."""
     source = reference(tmp_path / "source", OPEN)
     script = (
-        "import sys; from msa_hf.cli import main; from msa_hf.conversion import open_score_normalization\n"
-        "print(open_score_normalization('maker/msa'), flush=True)\n"
+        "import os, pathlib, sys; from msa_hf.cli import main\n"
+        "from msa_hf.conversion import open_score_normalization\n"
+        "print(open_score_normalization('maker/msa'))\n"
+        "print(list(pathlib.Path(os.environ['HF_HOME']).rglob('*.safetensors')), flush=True)\n"
         "sys.exit(main(['convert', 'maker/msa', sys.argv[1]]))"
     )
     with HubServer(tmp_path / "hub") as hub:
@@ -399,7 +401,7 @@ def test_a_hub_id_is_converted_and_small_files_come_first(tmp_path):
         )
         asked = [request.path for request in hub.requests]
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines()[0] == OPEN_LOSS
+    assert done.stdout.splitlines()[:2] == [OPEN_LOSS, "[]"], "asked from small files alone"
     resolved = [path for path in asked if "/resolve/" in path]
     weights = [number for number, path in enumerate(resolved) if path.endswith("model.safetensors")]
     small = [number for number, path in enumerate(resolved) if path.endswith(".json")]
