@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from . import api, ask_tab, library_tab
+from . import api, ask_tab, compression_tab, library_tab, needle_tab
 from .refusals import Refused
 from .sessions import Session
 from .space import Space
@@ -14,7 +14,7 @@ from .space import Space
 TITLE = "Ask your own million tokens"
 STORAGE_KEY = "msa-session"
 # A tab is a module with NAME and build(page); see ARCHITECTURE.md.
-TABS = (library_tab, ask_tab)
+TABS = (library_tab, ask_tab, compression_tab, needle_tab)
 
 
 @dataclass

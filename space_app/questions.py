@@ -35,7 +35,7 @@ def ask(
 
     Raises Refused, with the history unchanged.
     """
-    question = _checked(question, limits)
+    question = checked_question(question, limits)
     request = _request(engine, session, question, way, k, rounds)
     session.questions.take()
     if not session.library.rows():
@@ -86,7 +86,8 @@ def any_shared(question: str, texts: list[str]) -> bool:
     return any(not words.isdisjoint(map(str.casefold, _WORD.findall(text))) for text in texts)
 
 
-def _checked(question: str, limits: Limits) -> str:
+def checked_question(question: str, limits: Limits) -> str:
+    """The question as it is asked. Raises Refused."""
     if not isinstance(question, str) or not question.strip():
         raise Refused("Type a question first.")
     question = question.encode("utf-8", "replace").decode().strip()

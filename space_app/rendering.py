@@ -85,7 +85,7 @@ def progress_panel(progress: Progress | None) -> str:
     if progress.tokens:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.seconds_left and not progress.ended:
-        parts.append(f"{_duration(progress.seconds_left)} left")
+        parts.append(f"{duration(progress.seconds_left)} left")
     bar = f'<div class="msa-bar"><i style="width:{100 * share:.2f}%"></i></div>'
     return (
         f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{" · ".join(parts)}</small></div>'
@@ -218,7 +218,7 @@ def _cell(score: float, low: float, high: float) -> str:
     return f'<td style="--heat:{share:.3f}">{score:.3f}</td>'
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
