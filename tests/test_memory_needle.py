@@ -157,7 +157,8 @@ def test_cells_and_progress(model, tiny_tokenizer):
     assert progress[-1].tokens == progress[-1].total and [p.tokens for p in progress] == sorted(
         p.tokens for p in progress
     )
-    assert isinstance(events[0], NeedleProgress) and events[1:4] == cells[:3]
+    assert events[0] == NeedleProgress(0, progress[-1].total)
+    assert isinstance(events[1], NeedleProgress) and events[2:5] == cells[:3]
     assert {cell.kind for cell in cells} == set(KINDS)
     for cell in cells:
         assert cell.length <= cell.tokens <= cell.length + 160 + len(LONGEST) + 1

@@ -104,7 +104,8 @@ def needle_grid(
 ) -> Iterator[NeedleProgress | NeedleCell]:
     """Hides and asks for one fact per length and depth, the shortest length first.
 
-    The same arguments give the same cells, but for their seconds.
+    The same arguments give the same cells, but for their seconds. Until the first report, of no tokens, the
+    model is not used.
 
     Args:
         model: a model with memory, in evaluation mode.
@@ -196,6 +197,7 @@ class _Grid:
         haystack = HaystackMemory(self.model, self.tokenizer, [text for text, _ in pieces], counts, self.bits)
         portion = max(PORTION_TOKENS, 4 * default_batch_tokens(self.model.device))
         done = 0
+        yield NeedleProgress(done, ends[-1])  # the texts are cut; from here on the model is needed
         for row, (length, size) in enumerate(zip(lengths, sizes)):
             while haystack.encoded < size:
                 if self.stopped():
