@@ -6,8 +6,12 @@ from contextlib import contextmanager
 
 from .space import Space
 
-UPLOAD_FOLDER = "GRADIO_TEMP_DIR"  # Gradio's own variables: where uploads arrive, and no word to anyone
-ANALYTICS = "GRADIO_ANALYTICS_ENABLED"
+# Gradio's own variables: where uploads arrive, and no word to anyone. It sets the last one itself.
+UPLOAD_FOLDER, ANALYTICS, TELEMETRY = (
+    "GRADIO_TEMP_DIR",
+    "GRADIO_ANALYTICS_ENABLED",
+    "HF_HUB_DISABLE_TELEMETRY",
+)
 
 
 @contextmanager
@@ -18,7 +22,21 @@ def served(
 
     Raises OSError if the port cannot be had.
     """
-    os.environ[UPLOAD_FOLDER], os.environ[ANALYTICS] = str(space.uploads), "False"
+    before = {name: os.environ.get(name) for name in (UPLOAD_FOLDER, ANALYTICS, TELEMETRY)}
+    os.environ |= {UPLOAD_FOLDER: str(space.uploads), ANALYTICS: "False", TELEMETRY: "True"}
+    try:
+        with _serving(space, host, port, share) as url:
+            yield url
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _serving(space: Space, host: str, port: int | None, share: bool) -> Iterator[str]:
     import gradio  # noqa: F401  (reads the variables)
 
     from .page import build_page

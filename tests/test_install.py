@@ -20,14 +20,17 @@ PROBE = """
 import importlib.util, json
 from pathlib import Path
 import msa_hf, msa_hf.configs, msa_hf.evaluation, msa_hf.kernels, msa_hf.modeling, msa_hf.training
+import msa_hf.space_app
 exports = sorted(name for name in vars(msa_hf) if not name.startswith("_"))
 offers = {"exports": exports, "version": msa_hf.__version__}
 modules = [msa_hf, msa_hf.kernels, msa_hf.modeling, msa_hf.configs, msa_hf.training, msa_hf.evaluation]
+modules.append(msa_hf.space_app)
 for module in modules:
     folder = Path(module.__file__).parent
-    found = folder.rglob("*.*") if module is msa_hf.configs else folder.glob("*.py")
+    found = folder.rglob("*.*") if module in (msa_hf.configs, msa_hf.space_app) else folder.glob("*.py")
     offers[module.__name__] = sorted(str(path.relative_to(folder)) for path in found if path.suffix != ".pyc")
-top_level = [name for name in ("modeling", "configs", "kernels", "tests") if importlib.util.find_spec(name)]
+folders = ("modeling", "configs", "kernels", "space_app", "tests")
+top_level = [name for name in folders if importlib.util.find_spec(name)]
 print(json.dumps([offers, [str(Path(module.__file__).resolve()) for module in modules], top_level]))
 """
 
@@ -50,7 +53,7 @@ def source(tmp_path_factory):
     """A copy of what the packages are made of, so that building leaves nothing in the working tree."""
     target = tmp_path_factory.mktemp("source") / "project"
     target.mkdir()
-    for name in ("msa_hf", "modeling", "configs", "kernels"):
+    for name in ("msa_hf", "modeling", "configs", "kernels", "space_app"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
