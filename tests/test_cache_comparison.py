@@ -8,6 +8,7 @@ from tiny_models import DOCUMENTS, QUESTIONS, tiny_model
 from transformers import DynamicCache
 
 from msa_hf.cli import main
+from msa_hf.evaluation import cache_comparison
 from msa_hf.evaluation.cache_comparison import CacheAnswer, compare_caches, render
 from msa_hf.evaluation.cache_curves import cache_curves, shipped_results
 from msa_hf.evaluation.cache_systems import CacheSystem, cache_systems, using_attention
@@ -182,6 +183,21 @@ def test_the_answer_is_what_ask_answers(tiny_tokenizer):
     options = {"context_tokens": 9000, "max_new_tokens": 5, "forced_tokens": 1}
     assert next(compare_caches(model, tiny_tokenizer, QUESTIONS[0], bank, **options)).answer == expected
     assert next(compare_caches(model, tiny_tokenizer, QUESTIONS[0], texts, **options)).answer == expected
+
+
+@pytest.mark.parametrize("style, tokens", [("examples", 2), ("chat", 5)])
+def test_worked_examples_end_an_answer_at_its_line(tiny_tokenizer, monkeypatch, style, tokens):
+    class SecondToken(cache_comparison.StopAtNewline):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] - self.start >= 2])
+
+    monkeypatch.setattr(cache_comparison, "StopAtNewline", SecondToken)
+    model = tiny_model(max_position_embeddings=16384, answer_style=style)
+    options = {"context_tokens": 9000, "max_new_tokens": 5, "forced_tokens": 3}
+    assert (
+        next(compare_caches(model, tiny_tokenizer, QUESTIONS[0], DOCUMENTS[:1], **options)).compared
+        == 3 + tokens
+    )
 
 
 @pytest.mark.parametrize(
