@@ -12,6 +12,8 @@ UPLOAD_FOLDER, ANALYTICS, TELEMETRY = (
     "GRADIO_ANALYTICS_ENABLED",
     "HF_HUB_DISABLE_TELEMETRY",
 )
+# More than may wait for the model at once: an answer that is being written needs one to go on.
+THREADS = 96
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def _serving(space: Space, host: str, port: int | None, share: bool) -> Iterator
     import gradio  # noqa: F401  (reads the variables)
 
     from .page import build_page
-    from .theme import STYLE, theme
+    from .theme import STYLES, theme
 
     blocks = build_page(space)
     try:
@@ -52,7 +54,8 @@ def _serving(space: Space, host: str, port: int | None, share: bool) -> Iterator
             quiet=True,
             ssr_mode=False,
             theme=theme(),
-            css_paths=[STYLE],
+            css_paths=STYLES,
+            max_threads=THREADS,
             footer_links=["api"],
             max_file_size=space.limits.file_bytes,
             blocked_paths=[str(space.state / "sessions")],

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .engine import Engine
 from .limits import Limits
-from .trials import Trials
 from .sessions import Sessions
+from .trials import Trials
 
 SECRET, UPLOADS = "secret", "uploads"
 
