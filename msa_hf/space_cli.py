@@ -61,5 +61,6 @@ def space(options: argparse.Namespace) -> None:
             print("SIGTERM or Ctrl-C ends it", file=sys.stderr)
             over.wait()
     finally:
+        app.close()  # also where the page could not be served
         for own, handler in before.items():
             signal.signal(own, handler)
