@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ import gradio as gr
 from msa_hf.modeling.errors import MSAError
 
 from .adding import add_files, add_text
+from .comparison import compare
 from .library import Library, Progress
+from .needles import ARTICLES, hide
 from .questions import ask
 from .space import Space
 
@@ -78,15 +81,37 @@ def add_endpoints(space: Space) -> None:
         """The conversation so far."""
         return [turn.to_dict() for turn in session_of(session).history.turns]
 
+    def compare_session(session: str, question: str, tokens: int = 0) -> dict:
+        """The question with every cache side by side; streams what is known after each of them."""
+        for state in compare(space, session_of(session), question, tokens):
+            yield state.to_dict()
+
+    def needle(
+        session: str, lengths: list[int], depths: int = 5, seed: int = 0, texts: str = ARTICLES
+    ) -> dict:
+        """Hides facts in texts of these lengths and asks for them; streams what is known after each step."""
+        for state in hide(space, session_of(session), lengths, depths, seed, texts):
+            yield state.to_dict()
+
+    def stop(session: str) -> bool:
+        """Ends the answer, the comparison or the needle test that is running; what is done stays."""
+        own = session_of(session)
+        own.end_answer()
+        own.end_trial()
+        return True
+
     def upload(session: str, paths: list[str] | None) -> dict:
         own = session_of(session)
         return _added(own.library, add_files(space, own, paths or []))
 
     quick = {"concurrency_limit": 8}
-    for function in (new_session, delete, undo, redo, forget, cancel, documents, meter, history):
+    for function in (new_session, delete, undo, redo, forget, cancel, stop, documents, meter, history):
         gr.api(_told(function), api_name=function.__name__, **quick)
     gr.api(_told(add_text_to), api_name="add_text", concurrency_id="adding", concurrency_limit=8)
     gr.api(_told(ask_session), api_name="ask", concurrency_id="asking", concurrency_limit=32)
+    trying = {"concurrency_id": "trying", "concurrency_limit": 8}
+    gr.api(_told_steps(compare_session), api_name="compare", **trying)
+    gr.api(_told_steps(needle), api_name="needle", **trying)
     # Only a File component takes nothing but what the client has uploaded.
     key = gr.Textbox(visible=False, label="session")
     files = gr.File(visible=False, label="files", file_count="multiple")
@@ -104,12 +129,24 @@ def add_endpoints(space: Space) -> None:
 
 def _told(function):
     """The function, with its refusals as errors that a client can read."""
-    import functools
 
     @functools.wraps(function)
     def told(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
+        except MSAError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return told
+
+
+def _told_steps(function):
+    """The same for a function that streams."""
+
+    @functools.wraps(function)
+    def told(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        try:
+            yield from function(*args, **kwargs)
         except MSAError as error:
             raise gr.Error(str(error), print_exception=False) from error
 

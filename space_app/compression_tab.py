@@ -24,9 +24,9 @@ NAME = "Compression"
 EXAMPLES, LONGEST_EXAMPLE = 3, 120  # questions that are offered, and their characters
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = (
-    '<p class="msa-hint">A key/value cache holds what the model has read. Here it reads passages of your library '
-    "with a dense cache, then with caches of fewer bits per number, and answers each time. Words that the dense "
-    "cache's answer does not have are marked.</p>"
+    '<p class="msa-hint">A key/value cache holds what the model has read. Here it reads passages of your '
+    "library with a dense cache, then with caches of fewer bits per number, and answers each time. Words "
+    "that the dense cache's answer does not have are marked.</p>"
 )
 
 
@@ -94,7 +94,7 @@ def build(page: Page) -> None:
 
 
 def example_questions(rows: list[Row], asked: list[str]) -> list[str]:
-    """Questions that a library can answer: those of the examples in it, the last asked, one about a document."""
+    """Questions to a library: the last that were asked, those of its examples, one about a document."""
     names = {row.name for row in rows}
     known = [text for example, texts in QUESTIONS.items() if MARKS[example] in names for text in texts]
     own = [text for text in reversed(asked) if len(text) <= LONGEST_EXAMPLE]

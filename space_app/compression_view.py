@@ -106,7 +106,8 @@ def _bar(own: CacheAnswer, most: int) -> str:
         parts = [("recent", "keys and values, as they are", own.bytes["total"])]
     most = max(most, own.bytes["total"], own.bytes["bfloat16"])
     pieces = "".join(
-        f'<i class="msa-{kind}" style="width:{100 * size / most:.2f}%" title="{title}: {byte_size(size)}"></i>'
+        f'<i class="msa-{kind}" style="width:{100 * size / most:.2f}%" '
+        f'title="{title}: {byte_size(size)}"></i>'
         for kind, title, size in parts
         if size
     )
@@ -123,9 +124,9 @@ def _about(state: Comparison, dense: CacheAnswer | None) -> str:
     told = ""
     if len(state.answers) > 1 and not packed:
         told = note(
-            f"Nothing is packed yet: all {dense.prompt_tokens:,} tokens of this prompt lie in the recent window, "
-            "which every cache keeps as it is (the newest 128 to 191 tokens). So the answers and the figures "
-            "agree. Add more documents, or let more tokens be read."
+            f"Nothing is packed yet: all {dense.prompt_tokens:,} tokens of this prompt lie in the recent "
+            "window, which every cache keeps as it is (the newest 128 to 191 tokens). So the answers and the "
+            "figures agree. Add more documents, or let more tokens be read."
         )
     read = ""
     if dense:
@@ -133,9 +134,9 @@ def _about(state: Comparison, dense: CacheAnswer | None) -> str:
         read += f", {packed[0].packed_tokens:,} of them read from codes" if packed else ""
         read += f"; compared over {dense.compared} positions. "
     text = (
-        "KL says how far the next-token probabilities are from the dense cache's, in nats, 0 being equal. First "
-        "word: how often the likeliest token is the same. Speed: the dense cache's time per token over this "
-        "one's; on a CPU that others use, times are noisy."
+        "KL says how far the next-token probabilities are from the dense cache's, in nats, 0 being equal. "
+        "First word: how often the likeliest token is the same. Speed: the dense cache's time per token over "
+        "this one's; on a CPU that others use, times are noisy."
     )
     return f'{legend}<div class="msa-told">{told}<p class="msa-hint">{safe(read + text)}</p></div>'
 

@@ -56,13 +56,13 @@ def curves(results: Mapping[str, Any]) -> str:
     protocol = results["protocol"]
     return (
         '<section class="msa-curves"><h3>What a bit buys</h3>'
-        f'<p class="msa-hint">Farther down is closer to the dense cache, farther left is smaller. Both axes are '
-        f"logarithmic; lines through the points are 95 % intervals. Bits count codes, scales and all else that "
-        f"a cache holds, so that packages which keep a decoded copy stand far to the right.</p>"
+        '<p class="msa-hint">Farther down is closer to the dense cache, farther left is smaller. Both axes '
+        "are logarithmic; lines through the points are 95 % intervals. Bits count codes, scales and all else "
+        "that a cache holds, so that packages which keep a decoded copy stand far to the right.</p>"
         f'<div class="msa-keys">{keys}</div>{drawings}{_table(series)}'
-        f'<p class="msa-hint">{escape(results["model"])}, {escape(results["dtype"])}, {results["texts"]} texts, '
-        f"{protocol['prefill']:,} tokens read and {protocol['decoded']} compared. Measured {escape(results['date'])} "
-        f"on {machine}, with <code>{command}</code></p></section>"
+        f'<p class="msa-hint">{escape(results["model"])}, {escape(results["dtype"])}, {results["texts"]} '
+        f"texts, {protocol['prefill']:,} tokens read and {protocol['decoded']} compared. Measured "
+        f"{escape(results['date'])} on {machine}, with <code>{command}</code></p></section>"
     )
 
 
@@ -137,9 +137,9 @@ def _table(series: Sequence[Curve]) -> str:
     )
     return (
         '<details class="msa-sources"><summary>The figures as a table</summary>'
-        '<div class="msa-scroll" tabindex="0" role="region" aria-label="KL and bits"><table class="msa-table">'
-        '<thead><tr><th scope="col">Cache</th><th scope="col">Bits</th><th scope="col">KL, nats</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></details>"
+        '<div class="msa-scroll" tabindex="0" role="region" aria-label="KL and bits">'
+        '<table class="msa-table"><thead><tr><th scope="col">Cache</th><th scope="col">Bits</th>'
+        f'<th scope="col">KL, nats</th></tr></thead><tbody>{rows}</tbody></table></div></details>'
     )
 
 

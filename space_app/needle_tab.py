@@ -9,7 +9,7 @@ import gradio as gr
 from msa_hf.modeling.errors import MSAError
 
 from . import rendering
-from .needle_view import needle_map, needle_table, progress_panel
+from .needle_view import needle_map, needle_table, progress_panel, ready_panel
 from .needles import (
     ARTICLES,
     LENGTHS,
@@ -32,8 +32,9 @@ NAME = "Needle"
 CHOSEN, DEPTHS = (1_000, 3_000, 10_000), 5
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = (
-    '<p class="msa-hint">One made-up sentence is hidden in a real text, at the beginning, in the middle, at the end. '
-    "The text becomes a memory, and the model is asked for the fact. The longer the text, the harder.</p>"
+    '<p class="msa-hint">A made-up sentence is hidden in a real text: at its beginning, in the middle, at '
+    "its end. The text becomes a memory, and the model is asked for the fact. The longer the text, the "
+    "harder.</p>"
 )
 
 
@@ -55,14 +56,16 @@ def build(page: Page) -> None:
             label="Seed (another one, other facts)",
             min_width=160,
         )
-    with gr.Row(equal_height=True):
-        estimate = gr.HTML('<p class="msa-hint msa-line"></p>')
-        begin = gr.Button("Hide and ask", variant="primary", scale=0, min_width=150)
-        stop = gr.Button("Stop", scale=0, min_width=80, interactive=False)
+    with gr.Row():
+        begin = gr.Button("Hide and ask", variant="primary", scale=3, min_width=150)
+        stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
     message = gr.HTML()
-    progress = gr.HTML(progress_panel(None))
-    shown_map = gr.HTML(needle_map(planned(space, [known[name] for name in first], DEPTHS)))
-    table = gr.HTML(needle_table(Needles()))
+    start = planned(space, [known[name] for name in first], DEPTHS)
+    # Measured while the app starts, so that no visitor waits for it.
+    progress = gr.HTML(ready_panel(estimated(start, space.trials.pace(NAME))))
+    shown_map = gr.HTML(needle_map(start))
+    table = gr.HTML(needle_table(start))
+    ran = gr.State(False)  # then the map shows what was found, not what is chosen
 
     def plan(names: list[str], many: float, number: float | None, where: str) -> Needles:
         return planned(space, [known[name] for name in names], int(many), int(number or 0), where)
@@ -72,17 +75,19 @@ def build(page: Page) -> None:
             text = estimated(plan(names, many, number, where), space.trials.pace(session.name))
         except MSAError as error:
             text = str(error)
-        return f'<p class="msa-hint msa-line">{rendering.safe(text)}</p>'
+        return ready_panel(text)
 
-    def changed(value: str, names: list[str], many: float, number: float | None, where: str) -> tuple:
+    def changed(value: str, names: list[str], many: float, number: float | None, where: str, kept: bool):
         session = page.session(value)
-        kept = gr.skip()
-        if not session.trying.locked():
-            try:
-                kept = needle_map(plan(names, many, number, where))
-            except MSAError:
-                kept = gr.skip()  # the estimate's line says why
-        return told(session, names, many, number, where), kept
+        if session.trying.locked():
+            return gr.skip(), gr.skip()
+        if kept:
+            return told(session, names, many, number, where), gr.skip()
+        try:
+            empty = needle_map(plan(names, many, number, where))
+        except MSAError:  # what is ready says why
+            empty = gr.skip()
+        return told(session, names, many, number, where), empty
 
     def hidden(value: str, names: list[str], many: float, number: float | None, where: str):
         session = page.session(value)
@@ -96,22 +101,22 @@ def build(page: Page) -> None:
                     needle_map(state),
                     needle_table(state),
                     gr.update(interactive=not ended),
+                    True,
                 )
         except MSAError as error:
             running = session.trying.locked()
             refused = rendering.note(str(error), "bad")
-            panel = gr.skip() if running else progress_panel(None)
-            yield refused, panel, gr.skip(), gr.skip(), gr.update(interactive=running)
+            panel = gr.skip() if running else told(session, names, many, number, where)
+            yield refused, panel, gr.skip(), gr.skip(), gr.update(interactive=running), gr.skip()
 
     choices = [lengths, depths, seed, texts]
-    outputs = [message, progress, shown_map, table, stop]
+    outputs = [message, progress, shown_map, table, stop, ran]
     begin.click(hidden, [key, *choices], outputs, concurrency_id="trying", concurrency_limit=8, **_PRIVATE)
     stop.click(lambda value: page.session(value).end_trial(), [key], None, **_PRIVATE)
     for component in (lengths, depths, texts):
         component.change(
-            changed, [key, *choices], [estimate, shown_map], trigger_mode="always_last", **_PRIVATE
+            changed, [key, *choices, ran], [progress, shown_map], trigger_mode="always_last", **_PRIVATE
         )
-    page.show(lambda session: told(session, first, DEPTHS, 0, ARTICLES), [estimate])
 
 
 def estimated(plan: Needles, pace: Pace) -> str:
@@ -120,7 +125,8 @@ def estimated(plan: Needles, pace: Pace) -> str:
     many = f"{facts} fact{'s' * (facts != 1)}"
     if reading is None:
         return f"{tokens:,} tokens to read, {many} to ask for."
-    read = f"{rendering.duration(reading)} to read {tokens:,} tokens ({tokens / reading:,.0f} a second, measured here)"
+    rate = f"{tokens / reading:,.0f} a second, measured here"
+    read = f"{rendering.duration(reading)} to read {tokens:,} tokens ({rate})"
     if pace.asked is None:
         return f"About {read}, and the time of {many}."
     whole = rendering.duration(reading + facts * pace.asked)

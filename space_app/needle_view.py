@@ -1,4 +1,4 @@
-"""What the Needle tab shows, as HTML: a map of depths and lengths whose cells have their place from the start."""
+"""What the Needle tab shows, as HTML: a map of depths and lengths, whose cells have their place at once."""
 
 from msa_hf.evaluation.memory_needle import NeedleCell, summarize
 from msa_hf.evaluation.needle_map import level
@@ -20,10 +20,13 @@ _ENDS = {
 }
 
 
-def progress_panel(state: Needles | None) -> str:
+def ready_panel(text: str) -> str:
+    """What is to be expected, where the progress will be."""
+    return _panel("Ready", 0.0, text)
+
+
+def progress_panel(state: Needles) -> str:
     """How far the test is, in words and as a bar."""
-    if state is None:
-        return '<div class="msa-progress msa-idle"></div>'
     read = state.tokens / state.total if state.total else 0.0
     asked = len(state.cells) / state.all_cells
     if state.state == "waiting":
@@ -38,10 +41,7 @@ def progress_panel(state: Needles | None) -> str:
     parts.append(duration(state.seconds))
     if state.seconds_left:
         parts.append(f"about {duration(state.seconds_left)} left")
-    bar = f'<div class="msa-bar"><i style="width:{50 * (read + asked):.2f}%"></i></div>'
-    return (
-        f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{" · ".join(parts)}</small></div>'
-    )
+    return _panel(head, (read + asked) / 2, " · ".join(parts))
 
 
 def needle_map(state: Needles) -> str:
@@ -60,9 +60,10 @@ def needle_map(state: Needles) -> str:
         for kind, sign, words in (*KINDS[::-1], NOT_YET)
     )
     return (
-        f'<div class="msa-map"><table><caption>{_summary(state)}</caption><thead><tr><th scope="col">Depth</th>{head}'
-        f'</tr></thead><tbody>{lines}</tbody></table><p class="msa-hint">Tokens of the memory across; down, where '
-        f'in it the fact is hidden.</p><div class="msa-keys">{keys}</div></div>'
+        f'<div class="msa-map"><table><caption>{_summary(state)}</caption><thead><tr>'
+        f'<th scope="col">Depth</th>{head}</tr></thead><tbody>{lines}</tbody></table>'
+        '<p class="msa-hint">Tokens of the memory across; down, where in it the fact is hidden.</p>'
+        f'<div class="msa-keys">{keys}</div></div>'
     )
 
 
@@ -84,7 +85,8 @@ def _cell(cell: NeedleCell | None, length: int, depth: float, place: str) -> str
     if cell is None:
         return f'<td><span class="msa-needle msa-{kind}" title="{said}">{sign}</span></td>'
     said += f". Expected {safe(cell.expected)}, got {safe(cell.answer)}"
-    return f'<td><a class="msa-needle msa-{kind}" href="#{place}" title="{said}" aria-label="{said}">{sign}</a></td>'
+    link = f'class="msa-needle msa-{kind}" href="#{place}" title="{said}" aria-label="{said}"'
+    return f"<td><a {link}>{sign}</a></td>"
 
 
 def _line(state: Needles, cell: NeedleCell) -> str:
@@ -92,11 +94,17 @@ def _line(state: Needles, cell: NeedleCell) -> str:
     place = f"needle-{state.lengths.index(cell.length)}-{state.depths.index(cell.depth)}"
     rank = f"read as number {cell.rank}" if cell.rank else "not read"
     return (
-        f'<li id="{place}"><i class="msa-needle msa-{kind}" aria-label="{words}">{sign}</i><div><b>{safe(cell.question)}'
-        f"</b><span>expected <q>{safe(cell.expected)}</q></span><span>said <q>{safe(cell.answer)}</q></span>"
+        f'<li id="{place}"><i class="msa-needle msa-{kind}" title="{words}">{sign}</i><div>'
+        f"<b>{safe(cell.question)}</b><span>expected <q>{safe(cell.expected)}</q></span>"
+        f"<span>said <q>{safe(cell.answer)}</q></span>"
         f"<small>{cell.tokens:,} tokens in {cell.documents:,} passages, depth {cell.depth:.0%} · router rank "
         f"{cell.router_rank:,} of {cell.documents:,}, {rank} · {cell.seconds:.1f} s</small></div></li>"
     )
+
+
+def _panel(head: str, share: float, text: str) -> str:
+    bar = f'<div class="msa-bar"><i style="width:{100 * share:.2f}%"></i></div>'
+    return f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{safe(text)}</small></div>'
 
 
 def _summary(state: Needles) -> str:

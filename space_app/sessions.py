@@ -45,6 +45,11 @@ class Session:
         """The file that ends the comparison or the needle test that is running."""
         return self.folder / HALT
 
+    def end_answer(self) -> None:
+        """Ends the answer that is being written, if there is one."""
+        if self.asking.locked():
+            self.stop.touch()
+
     def end_trial(self) -> None:
         """Ends the comparison or the needle test, if one is running; what it has shown stays."""
         if self.trying.locked():
@@ -135,8 +140,7 @@ class Sessions:
         with self._lock:
             for session in self._open.values():
                 session.library.cancel()
-                if session.asking.locked():
-                    session.stop.touch()
+                session.end_answer()
                 session.end_trial()
 
     def _opened(self, key: str, make: bool) -> Session:

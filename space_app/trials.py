@@ -27,7 +27,7 @@ MARGIN = 20  # seconds before a lent GPU is taken back
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of a token that is cut from a text, one that is read, and a fact that is asked; None: unknown."""
+    """Seconds of a token that is cut from a text, of one that is read, of a fact; None: unknown."""
 
     cut: float | None = None
     read: float | None = None
@@ -46,7 +46,7 @@ class Trials:
         own = self._compare_now
         self._compare, self._hide = on_gpu(own), on_gpu(self._hide_now)
         self._lent = self._compare is not own
-        # Seconds as measured here: of a token that is cut from a text, one that is read, a fact that is asked.
+        # As in `Pace`.
         self._cut: float | None = None
         self._read: float | None = None
         self._asked: float | None = None
@@ -113,6 +113,7 @@ class Trials:
             split_document(text, self.limits.piece_tokens, self.engine.count)
             self._cut = (time.perf_counter() - begin) / tokens
             with self.engine.turns.of(visitor):
+                self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)  # warm
                 begin = time.perf_counter()
                 self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)
                 self._read = (time.perf_counter() - begin) / tokens
@@ -186,4 +187,4 @@ def _stopped(stop: Path, deadline: float) -> Callable[[], bool]:
 
 
 def _smooth(before: float | None, now: float) -> float:
-    return now if before is None else 0.7 * before + 0.3 * now
+    return now if before is None else (before + now) / 2

@@ -32,7 +32,9 @@ from msa_hf.space_app.space import Space  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 ASKERS = 20
 LIMITS = Limits(file_bytes=20_000, answer_tokens=4, uploads_per_minute=1000)
-ENDPOINTS = "new_session add_text upload ask delete undo redo forget cancel documents meter history".split()
+ENDPOINTS = (
+    "new_session add_text upload ask compare needle delete undo redo forget cancel stop documents meter history"
+).split()
 
 
 @pytest.fixture(scope="module")
