@@ -446,6 +446,7 @@ def test_a_key_opens_its_own_session_alone(space):
         5,
         "0" * 32,
         ".",
+        "\ud800" * 32,
     ]
     for key in bad:
         with pytest.raises(Refused, match="session"):
