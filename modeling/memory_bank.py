@@ -158,6 +158,10 @@ class MemoryBank:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def __getstate__(self) -> dict:
+        """For copies and pickles: all but the lexical index, a database, which is built again when needed."""
+        return self.__dict__ | {"_lexical": None}
+
     @property
     def router_layers(self) -> tuple[int, ...]:
         return self.settings.router_layers

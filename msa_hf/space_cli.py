@@ -1,6 +1,7 @@
 """msa-hf space: its parser, and what it does."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -57,7 +58,10 @@ def space(options: argparse.Namespace) -> None:
     before = {own: signal.signal(own, lambda *_: over.set()) for own in (signal.SIGTERM, signal.SIGINT)}
     try:
         with served(app, options.host, options.port or None, options.share == "yes") as url:
-            print(f"{name} at {url}", flush=True)
+            if options.json:
+                print(json.dumps({"url": url, "model": name, "state": options.state}), flush=True)
+            else:
+                print(f"{name} at {url}", flush=True)
             print("SIGTERM or Ctrl-C ends it", file=sys.stderr)
             over.wait()
     finally:

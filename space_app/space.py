@@ -24,6 +24,7 @@ class Space:
         self, model, tokenizer, name: str, state: Path | None = None, limits: Limits | None = None, **options
     ):
         self.limits = limits or Limits()
+        self.engine = Engine(model, tokenizer, name, self.limits, options.pop("portion_tokens", None))
         self._temporary = state is None
         self.state = Path(tempfile.mkdtemp(prefix="msa-space-")) if state is None else Path(state)
         self.state.mkdir(parents=True, exist_ok=True)
@@ -31,7 +32,6 @@ class Space:
         # What a process that was killed has left of uploads.
         shutil.rmtree(self.uploads, ignore_errors=True)
         self.uploads.mkdir()
-        self.engine = Engine(model, tokenizer, name, self.limits, options.pop("portion_tokens", None))
         self.trials = Trials(self.engine, self.limits)
         self.sessions = Sessions(self.state, self.engine, self.limits, **options)
 

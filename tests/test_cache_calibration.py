@@ -1,8 +1,11 @@
 """Calibration of caches: the fit against closed forms, the allocation against brute force, both as used."""
 
+import importlib.util
 import itertools
 import json
 import logging
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from msa_hf import modeling
 from msa_hf.configs import caches_folder
 from msa_hf.modeling import calibration_files
 from msa_hf.modeling.bit_allocation import Unit, allocate, coding_costs, codings, spec, vector_bits
@@ -341,6 +345,25 @@ def test_round_trip_of_the_folder(tmp_path, calibration):
         calibration.details,
     )
     assert {path.name for path in tmp_path.iterdir()} == {"calibration.json", "calibration.safetensors"}
+
+
+def test_a_calibration_that_another_copy_of_the_code_read(tmp_path, wide, calibration):
+    """Remote code has classes of its own."""
+    calibration.save_pretrained(tmp_path)
+    folder = Path(modeling.__file__).parent
+    spec = importlib.util.spec_from_file_location(
+        "modeling_of_another", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        other = importlib.import_module(f"{spec.name}.calibration_files").Calibration
+        assert other is not Calibration
+        cache = TurboQuantCache(wide.config, other.from_pretrained(tmp_path))
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == spec.name]:
+            del sys.modules[name]
+    assert cache.settings.to_dict() == calibration.settings.to_dict()
+    assert cache.packed_layers[0].transforms.matrices.keys() == calibration.transforms.matrices.keys()
 
 
 def test_bit_maps_alone_are_one_file(tmp_path, wide, calibration):

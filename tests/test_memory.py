@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -219,6 +220,17 @@ def test_a_saved_memory_is_the_same_memory(model, tiny_tokenizer, tmp_path):
     model.encode_memory(DOCUMENTS[:2], tiny_tokenizer).save_pretrained(tmp_path)
     assert MemoryBank.from_pretrained(tmp_path).documents == DOCUMENTS[:2]
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_copies_of_a_memory_that_was_searched(again, bits, model, tiny_tokenizer):
+    bank = model.encode_memory(DOCUMENTS, tiny_tokenizer)
+    bank = bank if bits is None else bank.pack(bits, bits, bits)
+    found = bank.lexical.search("Paris", 3)
+    other = again(bank)
+    assert other.lexical.search("Paris", 3) == found and other.documents == DOCUMENTS
+    assert torch.equal(ask(model, tiny_tokenizer, other).logits, ask(model, tiny_tokenizer, bank).logits)
 
 
 def test_a_memory_of_another_model_is_refused_with_what_differs(model, tiny_tokenizer, tmp_path):

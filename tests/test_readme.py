@@ -38,7 +38,10 @@ SUBSTITUTES = {
         "msa-hf serve ./smol-msa --store ./notes --token-file tokens.txt --port 0 --json",
         "the usual port may be taken",
     ),
+    "msa-hf space ./smol-msa": ("msa-hf space ./smol-msa --port 0 --json", "the usual port may be taken"),
 }
+# Commands that serve until they are ended: a path that they answer.
+SERVERS = {"serve": "/health", "space": "/"}
 # Indented blocks that are no commands, by how they begin.
 NO_COMMANDS = {"modeling/    the model": "the tree of folders, see test_folders_of_the_tree_exist"}
 
@@ -134,23 +137,23 @@ class Reader:
 
     def again(self, command: str) -> str:
         words = [str(self.msa_hf), *shlex.split(command)[1:]]
-        if words[1] == "serve":
-            return self._serve(words)
+        if words[1] in SERVERS:
+            return self._serve(words, SERVERS[words[1]])
         return run(words, self.folder, self.environment(command))
 
-    def _serve(self, words: list[str]) -> str:
-        """What /health answers, once the server runs; it ends by SIGTERM."""
+    def _serve(self, words: list[str], path: str) -> str:
+        """What is answered at a path, once the server runs; it ends by SIGTERM."""
         running = subprocess.Popen(
             words, cwd=self.folder, env=self.environment("serve"), stdout=subprocess.PIPE, text=True
         )
         try:
             url = json.loads(running.stdout.readline())["url"]
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-            with opener.open(f"{url}/health", timeout=HANG) as answer:
-                health = answer.read().decode()
+            with opener.open(f"{url.rstrip('/')}{path}", timeout=HANG) as answer:
+                content = answer.read().decode()
             running.send_signal(signal.SIGTERM)
             assert running.wait(HANG) == 0
-            return health
+            return content
         finally:
             running.kill()
             running.wait(HANG)
