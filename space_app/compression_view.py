@@ -8,14 +8,14 @@ from msa_hf.evaluation.cache_comparison import CacheAnswer
 from .comparison import NAMES, Comparison
 from .rendering import byte_size, note, safe
 
-_WORD = re.compile(r"\s+|[^\s]+")
+_WORD = re.compile(r"\w+|[^\w\s]+|\s+")
 _KINDS = {
     "dense": "nothing packed: what the others are measured by",
     "4bit": "every number in 4 bits",
     "3bit": "every number in 3 bits",
-    "2.7bit": "a quarter of the channels in more bits",
+    "2.7bit": "mixed widths; calibrated where the model is known",
     "k2v2": "every number in 2 bits",
-    "1.8bit": "a quarter of the channels in 3 and 2 bits, the others in 1",
+    "1.8bit": "mixed widths; calibrated where the model is known",
 }
 _PARTS = (
     ("packed", "packed tokens", ("codes", "scales", "means")),
@@ -65,7 +65,7 @@ def marked(answer: str, dense: str) -> str:
     parts = []
     for kind, start, stop, _, _ in SequenceMatcher(None, own, other, autojunk=False).get_opcodes():
         text = safe("".join(own[start:stop]))
-        changed = kind != "equal" and text.strip()
+        changed = kind != "equal" and any(map(str.isalnum, text))
         parts.append(f"<mark>{text}</mark>" if changed else text)
     return "".join(parts)
 
@@ -136,7 +136,8 @@ def _about(state: Comparison, dense: CacheAnswer | None) -> str:
     text = (
         "KL says how far the next-token probabilities are from the dense cache's, in nats, 0 being equal. "
         "First word: how often the likeliest token is the same. Speed: the dense cache's time per token over "
-        "this one's; on a CPU that others use, times are noisy."
+        "this one's; on a CPU that others use, times are noisy. Fixed costs, such as a calibration's, "
+        "do not grow with what is read."
     )
     return f'{legend}<div class="msa-told">{told}<p class="msa-hint">{safe(read + text)}</p></div>'
 

@@ -61,8 +61,8 @@ def build(page: Page) -> None:
         stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
     message = gr.HTML()
     start = planned(space, [known[name] for name in first], DEPTHS)
-    # Measured while the app starts, so that no visitor waits for it.
-    progress = gr.HTML(ready_panel(estimated(start, space.trials.pace(NAME))))
+    space.trials.measure()  # while the app starts, so that no visitor waits for it
+    progress = gr.HTML(ready_panel(estimated(start, space.trials.pace)))
     shown_map = gr.HTML(needle_map(start))
     table = gr.HTML(needle_table(start))
     ran = gr.State(False)  # then the map shows what was found, not what is chosen
@@ -72,7 +72,7 @@ def build(page: Page) -> None:
 
     def told(session: Session, names: list[str], many: float, number: float | None, where: str) -> str:
         try:
-            text = estimated(plan(names, many, number, where), space.trials.pace(session.name))
+            text = estimated(plan(names, many, number, where), space.trials.pace)
         except MSAError as error:
             text = str(error)
         return ready_panel(text)

@@ -75,7 +75,7 @@ def hide(
                 else:
                     state = replace(state, tokens=step.tokens, total=step.total)
                 state = replace(state, seconds=time.monotonic() - begun)
-                state = replace(state, seconds_left=_left(space, session, state))
+                state = replace(state, seconds_left=_left(space, state))
                 yield state
         done = len(state.cells) == state.all_cells
         ended = "done" if done else "stopped" if session.halt.exists() else "late"
@@ -97,11 +97,7 @@ def planned(
         raise Refused(f"A test may have {MOST_LENGTHS} lengths; got {len(lengths)}.")
     for name, value, low, high in (("Depths", depths, 1, MOST_DEPTHS), ("Seed", seed, 0, MOST_SEED)):
         if type(value) is not int or not low <= value <= high:
-            raise Refused(
-                f"The number of {name} must be from {low} to {high:,}; got {value!r}.".replace(
-                    "number of seed", "seed"
-                )
-            )
+            raise Refused(f"{name} must be a whole number from {low} to {high:,}; got {value!r}.")
     if len(lengths) * depths > cells:
         raise Refused(
             f"A test may hide {cells} facts; {len(lengths)} lengths with {depths} depths are "
@@ -127,8 +123,8 @@ def reading_seconds(plan: Needles, pace: Pace) -> float | None:
     return left * pace.read + (0.0 if plan.total else left * (pace.cut or 0.0))
 
 
-def _left(space: Space, session: Session, state: Needles) -> float | None:
-    pace = space.trials.pace(session.name)
+def _left(space: Space, state: Needles) -> float | None:
+    pace = space.trials.pace
     reading = reading_seconds(state, pace)
     if reading is None or pace.asked is None:
         return None

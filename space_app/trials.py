@@ -101,23 +101,25 @@ class Trials:
                 self._cut = _smooth(self._cut, seconds / step.total)
             yield step
 
-    def pace(self, visitor: str) -> Pace:
-        """How fast a needle test is, as measured here.
-
-        The first call cuts and reads some sample texts, in a turn of the visitor; not where the GPU is lent.
-        """
-        if self._read is None and not self._lent:
-            tokens = sum(map(self.engine.count, SAMPLE_TEXTS))
-            text = Document("sample", "", "\n\n".join(SAMPLE_TEXTS))
-            begin = time.perf_counter()
-            split_document(text, self.limits.piece_tokens, self.engine.count)
-            self._cut = (time.perf_counter() - begin) / tokens
-            with self.engine.turns.of(visitor):
-                self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)  # warm
-                begin = time.perf_counter()
-                self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)
-                self._read = (time.perf_counter() - begin) / tokens
+    @property
+    def pace(self) -> Pace:
+        """How fast needle tests were here so far."""
         return Pace(self._cut, self._read, self._asked)
+
+    def measure(self) -> None:
+        """Cuts and reads some sample texts, so that there is a pace before any test; not on a lent GPU."""
+        if self._lent:
+            return
+        tokens = sum(map(self.engine.count, SAMPLE_TEXTS))
+        text = Document("sample", "", "\n\n".join(SAMPLE_TEXTS))
+        begin = time.perf_counter()
+        split_document(text, self.limits.piece_tokens, self.engine.count)
+        self._cut = (time.perf_counter() - begin) / tokens
+        with self.engine.turns.of(""):
+            self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)  # warm
+            begin = time.perf_counter()
+            self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)
+            self._read = (time.perf_counter() - begin) / tokens
 
     def _deadline(self) -> float:
         seconds = self.limits.trial_seconds

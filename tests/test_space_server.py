@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ASKERS = 20
 LIMITS = Limits(file_bytes=20_000, answer_tokens=4, uploads_per_minute=1000)
 ENDPOINTS = (
-    "new_session add_text upload ask compare needle delete undo redo forget cancel stop documents meter history"
+    "new_session add_text upload ask compare needle stop delete undo redo forget cancel documents meter "
+    "history"
 ).split()
 
 
@@ -112,6 +113,20 @@ def test_a_session_sees_nothing_of_another(client, app, key):
     for guess in ("0" * 32, folder, f"../sessions/{folder}", key[:-1], "", key + "x"):
         for name in ("documents", "meter", "undo", "history", "cancel"):
             assert "session" in refused(client, name, guess)
+
+
+def test_a_comparison_and_a_needle_test_stream_what_is_known(client, app, key):
+    assert "library is empty" in refused(client, "compare", key, "Which river?")
+    for number in range(9):
+        call(client, "add_text", key, f"{NILE} {SEINE} Number {number}.", f"Rivers {number}")
+    job = client.submit(key, "Which river flows through Cairo?", 300, api_name="/compare")
+    last = job.result(HANG)
+    assert last["state"] == "done" and [own["system"] for own in last["answers"]] == last["systems"]
+    assert len(job.outputs()) > len(last["systems"]) and job.outputs()[0]["answers"] == []
+    last = call(client, "needle", key, [500], 2, 3, "Your library")
+    assert last["state"] == "done" and [own["depth"] for own in last["cells"]] == [0.0, 1.0]
+    assert "from 500 to 1,000,000 tokens here; got 10" in refused(client, "needle", key, [10])
+    assert call(client, "stop", key) and "no session" in refused(client, "compare", "x", "Which?")
 
 
 def test_files_of_the_server_cannot_be_uploaded_or_fetched(client, app, key):
