@@ -179,7 +179,7 @@ def resolve_settings(
     if isinstance(preset, str):
         return CacheSettings.from_dict(PRESETS[preset] | changes), None
     transforms = None
-    if hasattr(preset, "check_model"):  # a Calibration, perhaps of another copy of this code
+    if hasattr(preset, "transforms"):  # a Calibration, perhaps of another copy of this code
         preset.check_model(config)
         preset, transforms = preset.settings, preset.transforms
     return CacheSettings.from_dict(vars(preset) | changes) if changes else preset, transforms
