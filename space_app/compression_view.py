@@ -78,8 +78,9 @@ def _row(name: str, own: CacheAnswer | None, dense: CacheAnswer | None, most: in
         size, bar = "–", ""
     else:
         answer = marked(own.answer, dense.answer) or "<i>(nothing)</i>"
-        same = "" if own is dense else "same answer" if own.same_answer else "differs"
-        tag = f'<span class="msa-tag msa-{"same" if own.same_answer else "other"}">{same}</span>' * bool(same)
+        # What is shown may be the same where tokens after it are not.
+        kind, same = ("same", "same answer") if own.answer == dense.answer else ("other", "differs")
+        tag = f'<span class="msa-tag msa-{kind}">{same}</span>' * (own is not dense)
         figures = [
             ("KL", "0" if own is dense else _nats(own.kl)),
             ("First word", f"{100 * own.agreement:.1f} %"),

@@ -9,7 +9,7 @@ import gradio as gr
 from msa_hf.modeling.errors import MSAError
 
 from . import rendering
-from .needle_view import needle_map, needle_table, progress_panel, ready_panel
+from .needle_view import CHOOSE, needle_map, needle_table, progress_panel, ready_panel
 from .needles import (
     ARTICLES,
     LENGTHS,
@@ -63,7 +63,7 @@ def build(page: Page) -> None:
     start = planned(space, [known[name] for name in first], DEPTHS)
     space.trials.measure()  # while the app starts, so that no visitor waits for it
     progress = gr.HTML(ready_panel(estimated(start, space.trials.pace)))
-    shown_map = gr.HTML(needle_map(start))
+    shown_map = gr.HTML(needle_map(start), js_on_load=CHOOSE)
     table = gr.HTML(needle_table(start))
     ran = gr.State(False)  # then the map shows what was found, not what is chosen
 

@@ -13,6 +13,15 @@ KINDS = (
     ("found", "✓", "found"),
 )
 NOT_YET = ("open", "·", "not asked yet")
+# Links would leave the page, whose base is another address.
+CHOOSE = """element.addEventListener('click', event => {
+  const cell = event.target.closest('[data-line]');
+  const line = cell && document.getElementById(cell.dataset.line);
+  if (!line) return;
+  document.querySelectorAll('.msa-facts .msa-chosen').forEach(other => other.classList.remove('msa-chosen'));
+  line.classList.add('msa-chosen');
+  line.scrollIntoView({block: 'nearest'});
+});"""
 _ENDS = {
     "done": "Done",
     "stopped": "Stopped; what was asked stays",
@@ -85,8 +94,8 @@ def _cell(cell: NeedleCell | None, length: int, depth: float, place: str) -> str
     if cell is None:
         return f'<td><span class="msa-needle msa-{kind}" title="{said}">{sign}</span></td>'
     said += f". Expected {safe(cell.expected)}, got {safe(cell.answer)}"
-    link = f'class="msa-needle msa-{kind}" href="#{place}" title="{said}" aria-label="{said}"'
-    return f"<td><a {link}>{sign}</a></td>"
+    named = f'class="msa-needle msa-{kind}" data-line="{place}" title="{said}" aria-label="{said}"'
+    return f'<td><button type="button" {named}>{sign}</button></td>'
 
 
 def _line(state: Needles, cell: NeedleCell) -> str:

@@ -245,6 +245,12 @@ def test_words_that_the_dense_answer_does_not_have_are_marked():
     assert Tags(marked("The long Nile.", "The Nile.")).text == "The long Nile."
 
 
+def test_rows_say_whether_the_words_are_the_same():
+    answers = (answer(), answer("4bit", same_answer=False), answer("3bit", "The Seine."))
+    shown = Tags(comparison_rows(Comparison(QUESTION, SYSTEMS, answers, "running"))).text
+    assert shown.count("same answer") == 1 and shown.count("differs") == 1
+
+
 @pytest.mark.parametrize(("packed", "told"), [(0, True), (64, False)])
 def test_a_short_prompt_is_told_that_nothing_is_packed(packed, told):
     state = Comparison(QUESTION, SYSTEMS, (answer(packed=0), answer("4bit", packed=packed)), "running")

@@ -211,14 +211,14 @@ def test_the_map_has_every_place_from_the_start(space):
     )
     for count in range(4):
         shown = Tags(needle_map(replace(plan, cells=cells[:count])))
-        assert shown.tags.count("td") == 6 and shown.tags.count("a") == count
+        assert shown.tags.count("td") == 6 and shown.tags.count("button") == count
         assert shown.classes("msa-open") == 6 - count + 1  # one in the legend
     assert [shown.classes(f"msa-{kind}") for kind in ("found", "untold", "lost")] == [2, 2, 2]
     assert shown.text.count("✓") == shown.text.count("◐") == shown.text.count("✕") == 2
     assert "1 of 3 facts found: 33 %" in shown.text and "1k" in shown.text
     lines = Tags(needle_table(replace(plan, cells=cells)))
-    targets = [value for key, value in shown.attributes if key == "href"]
-    assert sorted(targets) == sorted(f"#{value}" for key, value in lines.attributes if key == "id")
+    targets = [value for key, value in shown.attributes if key == "data-line"]
+    assert sorted(targets) == sorted(value for key, value in lines.attributes if key == "id")
     assert "Where?" in lines.text and "expected Here" in lines.text and "said There" in lines.text
 
 
@@ -237,12 +237,12 @@ def test_progress_in_words():
 def test_untrusted_text_stays_text():
     own = cell(question=MARKUP, expected=MARKUP, answer=MARKUP)
     state = Needles((500,), (0.0,), cells=(own,), state="done")
-    allowed = set("div table caption thead tbody tr th td a p span i b small q ul li".split())
+    allowed = set("div table caption thead tbody tr th td button p span i b small q ul li".split())
     for html in (needle_map(state), needle_table(state), progress_panel(state), ready_panel(MARKUP)):
         shown = Tags(html)
         assert set(shown.tags) <= allowed and "${" not in html
         assert {key for key, _ in shown.attributes} <= set(
-            "class scope title href id tabindex role aria-label style".split()
+            "class scope title type data-line id tabindex role aria-label style".split()
         )
     assert Tags(needle_table(state)).text.count(MARKUP) == 3
 
