@@ -309,7 +309,8 @@ def test_the_command_says_what_is_missing_or_taken(saved, tmp_path, monkeypatch)
 
 PROGRAM = """
 import sys
-sys.path[:] = [sys.argv[1], *(path for path in sys.path if path and not path.startswith(sys.argv[4]))]
+kept = [path for path in sys.path if path.startswith(sys.prefix) or not path.startswith(sys.argv[4])]
+sys.path[:] = [sys.argv[1], *filter(None, kept)]
 import app
 import msa_hf, msa_hf.modeling, msa_hf.space_app, msa_hf.configs, msa_hf.kernels
 for module in (app, msa_hf, msa_hf.modeling, msa_hf.space_app, msa_hf.configs, msa_hf.kernels):
