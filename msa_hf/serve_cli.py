@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from .arguments import add_loading, add_store_settings, byte_count, command, positive
+from .arguments import add_loading, add_store_settings, byte_count, command, port, positive
 from .modeling.errors import MSAError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def add_serve(subparsers) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder of a converted model")
     parser.add_argument("--store", required=True, metavar="DIR", help="made if it is not there")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on, default 127.0.0.1")
-    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="default 8000; 0: a free one")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="default 8000; 0: a free one")
     parser.add_argument("--name", help="of the model, for clients (default: of its folder)")
     parser.add_argument("--token-file", metavar="FILE", help="lines of TOKEN [NAMESPACE,NAMESPACE...]")
     parser.add_argument(
@@ -116,12 +116,6 @@ def _dtype_of_store(store: str) -> str:
 
     with MemoryStore.open(store, read_only=True) as opened:
         return opened.provenance.dtype
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"must be a port from 0 to 65535, got {text!r}")
-    return int(text)
 
 
 def _count(text: str) -> int:

@@ -8,9 +8,8 @@ import sys
 import threading
 from pathlib import Path
 
-from .arguments import add_loading, command
+from .arguments import add_loading, command, port
 from .modeling.errors import MSAError
-from .serve_cli import _port
 
 
 def add_space(subparsers) -> None:
@@ -27,7 +26,7 @@ def add_space(subparsers) -> None:
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="folder of a converted model (default: SmolLM2-135M)"
     )
-    parser.add_argument("--port", type=_port, default=7860, metavar="N", help="default 7860; 0: a free one")
+    parser.add_argument("--port", type=port, default=7860, metavar="N", help="default 7860; 0: a free one")
     parser.add_argument("--host", default="127.0.0.1", help="to listen on, default 127.0.0.1")
     parser.add_argument("--state", metavar="DIR", help="keeps the libraries (default: a temporary folder)")
     parser.add_argument(
