@@ -96,6 +96,11 @@ def build(page: Page) -> None:
             gr.update(interactive=library.redoable > 0),
         )
 
+    def seen(session: Session, words: str) -> tuple:
+        """As `state`, for a tab that comes into sight: what was chosen stays, as this may arrive later."""
+        panel, listed, choice, *buttons = state(session, words)
+        return panel, listed, {name: value for name, value in choice.items() if name != "value"}, *buttons
+
     def adding(session: Session, portions: Iterator[Progress]):
         """Shows what is added while it is; the message and the list at the end."""
         waiting = (gr.skip(),) * len(outputs)
@@ -197,4 +202,4 @@ def build(page: Page) -> None:
     for button in (save, leave):
         button.click(lambda: gr.update(visible=False), None, [editing], **_PRIVATE)
 
-    page.show(state, outputs)
+    page.show(seen, outputs, [search])

@@ -1,6 +1,6 @@
 """The page: a heading and one tab per module of `TABS`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,13 +23,13 @@ class Page:
 
     Attributes:
         space: model, sessions and limits. key: the component that holds the visitor's key, an input of every
-            event. shown: (function of a session, its outputs), run when the page opens and when a tab is
-            chosen.
+            event. shown: (function of a session and of its inputs, its outputs, its inputs), run when the
+            page opens and when a tab is chosen.
     """
 
     space: Space
     key: gr.BrowserState
-    shown: list[tuple[Callable[[Session], Any], list]] = field(default_factory=list)
+    shown: list[tuple[Callable[..., Any], list, list]] = field(default_factory=list)
 
     def session(self, key: object) -> Session:
         """The session of an event. A refusal is shown as a message of the page."""
@@ -38,9 +38,9 @@ class Page:
         except Refused as error:
             raise gr.Error(f"{error} Reload the page.", print_exception=False) from error
 
-    def show(self, function: Callable[[Session], Any], outputs: list) -> None:
+    def show(self, function: Callable[..., Any], outputs: list, inputs: Sequence = ()) -> None:
         """Has outputs filled whenever the tab comes into sight."""
-        self.shown.append((function, outputs))
+        self.shown.append((function, outputs, list(inputs)))
 
 
 def build_page(space: Space) -> gr.Blocks:
@@ -62,11 +62,11 @@ def build_page(space: Space) -> gr.Blocks:
                 tabs.append((tab, page.shown[before:]))
         opened = blocks.load(_ensured(space), [key], [key], api_visibility="private", show_progress="hidden")
         for tab, shown in tabs:
-            for function, outputs in shown:
+            for function, outputs, inputs in shown:
                 options = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 8}
                 fill = _for_key(page, function, len(outputs))
-                opened.then(fill, [key], outputs, **options)
-                tab.select(fill, [key], outputs, **options)
+                opened.then(fill, [key, *inputs], outputs, **options)
+                tab.select(fill, [key, *inputs], outputs, **options)
     blocks.queue(default_concurrency_limit=8, max_size=256)
     return blocks
 
@@ -81,10 +81,10 @@ def _ensured(space: Space):
     return ensured
 
 
-def _for_key(page: Page, function: Callable[[Session], Any], outputs: int):
-    def for_key(key: str | None):
+def _for_key(page: Page, function: Callable[..., Any], outputs: int):
+    def for_key(key: str | None, *given):
         if key is None:  # the first tab is chosen before the page has its session
             return [gr.skip()] * outputs
-        return function(page.session(key))
+        return function(page.session(key), *given)
 
     return for_key
