@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from playwright.sync_api import Browser, Dialog, Locator, Page, sync_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SECONDS = 120  # to wait for anything that is not told to take longer
+SECONDS = 60  # to wait for anything that is not told to take longer
 TABS = ("Library", "Ask", "Compression", "Needle")
 # Keeps what the panel of progress has shown, so that nothing depends on who looks when.
 _WATCH = """
@@ -93,8 +93,10 @@ class Visitor:
         self.page.context.close()
 
     def reload(self) -> None:
+        known = len(self.problems)
         self.page.reload()
         self._opened()
+        del self.problems[known:]  # what Gradio says of streams that a reload cuts
 
     def tab(self, name: str) -> None:
         """Goes to one of TABS."""
@@ -143,7 +145,8 @@ class Visitor:
 
     def choose(self, name: str) -> None:
         """Puts a document among the chosen ones."""
-        field = self.page.get_by_role("listbox", name="Choose documents")
+        self.tab("Library")
+        field = self.page.get_by_role("combobox", name="Choose documents")
         field.fill(name)
         self.page.get_by_role("option", name=name, exact=True).click()
         self.page.keyboard.press("Escape")
@@ -172,7 +175,7 @@ class Visitor:
         self.tab("Compression")
         field = self.page.get_by_role("spinbutton", name="Tokens of the prompt")
         if not field.is_visible():
-            self.press("How much to read")
+            self.page.get_by_role("button", name="How much to read").click()
         field.fill(str(tokens))
         field.press("Tab")
         self.page.locator("#msa-comparison textarea, #msa-comparison input").fill(question)
