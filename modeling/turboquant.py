@@ -30,8 +30,10 @@ class Transform:
     """
 
     def __init__(self, encode: torch.Tensor, decode: torch.Tensor | None = None):
-        self.encode = encode.double()
-        self.decode = (encode.mT if decode is None else decode).float().contiguous()
+        decode = encode.mT if decode is None else decode
+        with torch.inference_mode(False):  # caches share it, also those that are read with gradients
+            encode, decode = (own.clone() if own.is_inference() else own for own in (encode, decode))
+            self.encode, self.decode = encode.double(), decode.float().contiguous()
         self._elsewhere: dict[torch.device, Transform] = {}
         self.prepared: dict[tuple, tuple[torch.Tensor, float]] = {}  # `encode` as kernels take it
 

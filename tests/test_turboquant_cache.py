@@ -451,3 +451,18 @@ def test_two_wide_channels_of_the_first_layer_do_not_spoil_the_others():
 
     dense = model(ids).logits[:, 160:].log_softmax(-1)
     assert divergence() < divergence(first_key_bits=4) / 2
+
+
+def test_what_inference_mode_made_is_read_with_gradients():
+    """Rotations are shared: the first cache that needs one may be in inference mode, the next in training."""
+    settings = {**SMALL, "seed": 4711}  # a rotation that no other test has made
+    model, ids = cache_backbone("llama"), torch.arange(3, 43)[None]
+    model.set_attn_implementation("turboquant")
+    with torch.inference_mode():
+        model(ids, past_key_values=TurboQuantCache(model.config, **settings))
+    with torch.no_grad():
+        cache = TurboQuantCache(model.config, **settings)
+        model(ids, past_key_values=cache)
+    with torch.enable_grad():
+        model(ids[:, :1], past_key_values=cache).logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad.isfinite().all()
