@@ -375,6 +375,9 @@ def _add_cache_suite(parser: argparse.ArgumentParser) -> None:
         "--parts", type=names, metavar="PART,PART", help=f"{_CACHE_PARTS} (default quality,bytes)"
     )
     group.add_argument("--texts", type=positive, metavar="N", help="texts of quality and of length (9 and 4)")
+    group.add_argument(
+        "--skip-questions", type=int, metavar="N", help="mmlu: leave out the first N of every subject"
+    )
     group.add_argument("--contexts", type=integers, metavar="N,N", help="tokens held in speed (2048,8192)")
     group.add_argument(
         "--lengths",

@@ -301,6 +301,7 @@ def evaluate_cache(options: argparse.Namespace) -> None:
         "texts": options.texts,
         "long_texts": options.texts,
         "questions": options.questions,
+        "skip_questions": options.skip_questions,
         "contexts": options.contexts,
         "needle_lengths": options.lengths,
     }

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbones import tiny_backbone
+from rounded_cache import RoundedCache, rounded
 from transformers import DynamicCache
 
 from msa_hf.evaluation import (
@@ -26,6 +27,7 @@ from msa_hf.evaluation import (
     cache_quality,
     cache_speed,
     cache_systems,
+    cache_texts,
     decode_speed,
     held_bytes,
 )
@@ -53,23 +55,6 @@ ARROW_NULLS = (
     "eNpdTkEOhEAI68zOqjEcPBjjwad48Fk+YX/NFlKjsQkUGKbU3f0EMCEwwtDhi4EVURp7sBuYmzLHjDn/zJx16HNrkkapwZt2"
     "of0zdYzRp06MDyae95/0AoZFDixV8WlYSSsujKwt3YTHXd4rbjzrItZNebzf6mvvzRfCZ/Af28kQRg=="
 )
-
-
-class RoundedCache(DynamicCache):
-    """Dense tensors rounded to a step: a stand-in for a lossy cache whose error is known."""
-
-    def __init__(self, config, step):
-        super().__init__(config=config)
-        self.step = step
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        if self.step:
-            keys, values = ((x / self.step).round() * self.step for x in (keys, values))
-        return super().update(keys, values, layer, *args, **kwargs)
-
-
-def rounded(step):
-    return CacheSystem(f"rounded {step}", lambda config: RoundedCache(config, step))
 
 
 @pytest.fixture(scope="module")
@@ -143,64 +128,6 @@ def test_a_report_that_is_not_what_is_held_is_refused(model, rows):
     states = cache_quality.measured_states(model, rows[0], SHORT)
     with pytest.raises(RuntimeError, match="reports 1 bytes"):
         cache_quality.measure_bits(model, system, states, SHORT)
-
-
-LONG = Protocol(prefill=12, decoded=32, block=8)
-
-
-def test_length_has_no_divergence_without_loss(model, rows):
-    [same] = cache_quality.measure_length(model, [dense_system()], rows, LONG, edge=8)
-    for part in (same.first, same.last, same.last_after_short, same.last_in_one_piece):
-        assert part.kl.mean == pytest.approx(0, abs=1e-9)
-
-
-def test_length_controls_take_the_same_last_tokens(model, rows):
-    """Each edge against a divergence made here from its definition, the dense model by one forward."""
-    rows = [ids[: LONG.length] for ids in rows]
-    _, found = cache_quality.measure_length(model, [dense_system(), rounded(0.5)], rows, LONG, edge=8)
-    for number, ids in enumerate(rows):
-        for part, given, prefill, start in (
-            (found.first, ids[:21], 12, 12),
-            (found.last, ids, 12, 36),
-            (found.last_after_short, ids[24:], 12, 12),
-            (found.last_in_one_piece, ids, 36, 36),
-        ):
-            cache = rounded(0.5).make(model.config)
-            ours = torch.cat(list(cache_protocol.teacher_force(model, cache, given, prefill, 8)))[-8:]
-            with torch.inference_mode():
-                dense = model(torch.tensor([given])).logits[0, start:-1]
-            kl = torch.nn.functional.kl_div(ours.log_softmax(-1), dense.softmax(-1), reduction="none").sum(-1)
-            assert part.kl_by_text[number] == pytest.approx(float(kl.mean()), rel=1e-2, abs=1e-6)
-            nll = torch.nn.functional.cross_entropy(dense, torch.tensor(given[start + 1 :]))
-            assert part.dense_nll_by_text[number] == pytest.approx(float(nll), rel=1e-4)
-    assert found.last.kl.mean > 1e-4
-    for difference, part in (
-        (found.over_first, found.first),
-        (found.over_short, found.last_after_short),
-        (found.over_one_piece, found.last_in_one_piece),
-    ):
-        assert difference.mean == pytest.approx(found.last.kl.mean - part.kl.mean, abs=1e-12)
-
-
-def test_length_finds_a_cache_that_decays(model, rows):
-    """Rounded only once it holds more than both short contexts: all of its KL is the length's."""
-
-    class Decaying(RoundedCache):
-        def update(self, keys, values, layer, *args, **kwargs):
-            self.step = 0.5 if self.get_seq_length(layer) + keys.shape[2] > 12 + 8 else 0
-            return super().update(keys, values, layer, *args, **kwargs)
-
-    decaying = CacheSystem("decaying", lambda config: Decaying(config, 0))
-    [found] = cache_quality.measure_length(model, [decaying], rows, LONG, edge=8)
-    assert found.first.kl.mean == pytest.approx(0, abs=1e-9)
-    assert found.last_after_short.kl.mean == pytest.approx(0, abs=1e-9)
-    assert found.over_short.low > 1e-4 and found.over_first.low > 1e-4
-
-
-def test_length_needs_edges_of_whole_blocks(model, rows):
-    for protocol, edge in ((LONG, 9), (LONG, 24), (Protocol(12, 33, 8), 8)):
-        with pytest.raises(ValueError, match="multiples of 8"):
-            cache_quality.measure_length(model, [dense_system()], rows, protocol, edge)
 
 
 def test_held_bytes_counts_every_storage_once():
@@ -382,17 +309,22 @@ def test_mmlu_choices_are_those_of_the_whole_prompt(model, tiny_tokenizer, monke
 def test_mmlu_prompt_is_the_released_one(monkeypatch):
     columns = {
         b"dev": {"question": ["1+1?"], "choices": [["1", "2", "3", "4"]], "answer": [1]},
-        b"test": {"question": [" 2+2?"] * 2, "choices": [["1", "2", "3", "4"]] * 2, "answer": [3, 3]},
+        b"test": {"question": [" 2+2?", "1+2?"], "choices": [["1", "2", "3", "4"]] * 2, "answer": [3, 2]},
     }
     monkeypatch.setattr(cache_mmlu, "read_columns", columns.__getitem__)
     monkeypatch.setattr(cache_mmlu, "mmlu", lambda split, cache: {"high_school_math": split.encode()})
 
-    [subject] = cache_mmlu.load_subjects(lambda text, **_: {"input_ids": text}, per_subject=1)
+    def tokenizer(text, **_):
+        return {"input_ids": text}
+
+    [subject] = cache_mmlu.load_subjects(tokenizer, per_subject=1)
     assert subject.prefix == (
         "The following are multiple choice questions (with answers) about high school math.\n\n"
         "1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n"
     )
     assert subject.questions == ["2+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"] and subject.answers == [3]
+    [later] = cache_mmlu.load_subjects(tokenizer, per_subject=6, skip=1)
+    assert later.questions == ["1+2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"] and later.answers == [2]
 
 
 def unpacked(text):
@@ -477,6 +409,8 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
     texts = [Text(name, f"{name} tells of many things. " * 40) for name in ("one", "two", "three")]
     monkeypatch.setattr(cache_benchmark, "benchmark_texts", lambda: texts)
     monkeypatch.setattr(cache_benchmark, "long_texts", lambda: texts)
+    monkeypatch.setattr(cache_texts, "benchmark_texts", lambda _: texts)
+    monkeypatch.setattr(cache_texts, "long_texts", lambda _: texts)
     subject = cache_mmlu.Subject("s", rows[0], [rows[1], rows[2]], [0, 1])
     monkeypatch.setattr(cache_benchmark, "load_subjects", lambda *_: [subject])
     monkeypatch.setattr(cache_mmlu, "letter_token", lambda _, letter: ord(letter))
@@ -513,6 +447,17 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
     pytest.importorskip("matplotlib")
     cache_evaluation.save_plot(report, tmp_path / "kl.png")
     assert (tmp_path / "kl.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_length_takes_the_texts_that_are_long_enough(tiny_tokenizer, monkeypatch):
+    sizes = {"short": 30, "just": 40, "long": 90}
+    monkeypatch.setattr(
+        cache_texts, "benchmark_texts", lambda _: [Text(n, "a" * sizes[n]) for n in ("short", "just")]
+    )
+    monkeypatch.setattr(cache_texts, "long_texts", lambda _: [Text("long", "b" * 90)] * 2)
+    rows = cache_texts.tokenize_long(tiny_tokenizer, 40, count=2)
+    assert [tiny_tokenizer.decode(row) for row in rows] == ["a" * 40, "b" * 40]
+    assert len(cache_texts.tokenize_long(tiny_tokenizer, 40, count=9)) == 3
 
 
 def test_unknown_parts_are_refused():

@@ -11,6 +11,7 @@ from typing import Any
 
 from msa_hf.evaluation.cache_environments import PEERS, PeerPackage
 from msa_hf.evaluation.cache_evaluation import CacheEvaluation, compare_with_peers
+from msa_hf.evaluation.cache_length import LONG_PROTOCOL, LengthQuality, measure_length
 from msa_hf.evaluation.cache_mmlu import MmluScore, load_subjects, measure_mmlu, summarize_mmlu
 from msa_hf.evaluation.cache_models import load_causal_model, model_folder
 from msa_hf.evaluation.cache_needle import (
@@ -23,10 +24,8 @@ from msa_hf.evaluation.cache_needle import (
 from msa_hf.evaluation.cache_peers import PeerRun, PeerTask, run_peers
 from msa_hf.evaluation.cache_quality import (
     CacheQuality,
-    LengthQuality,
     Protocol,
     measure_bits,
-    measure_length,
     measure_quality,
     measured_states,
     save_dense_logits,
@@ -41,7 +40,7 @@ from msa_hf.evaluation.cache_speed import (
     speed_tokens,
 )
 from msa_hf.evaluation.cache_systems import CacheSystem, dense_system
-from msa_hf.evaluation.cache_texts import benchmark_texts, long_texts, tokenize
+from msa_hf.evaluation.cache_texts import benchmark_texts, long_texts, tokenize, tokenize_long
 from msa_hf.evaluation.decode_speed import SpeedRatio
 from msa_hf.evaluation.environment import describe_environment
 
@@ -56,8 +55,8 @@ class CacheTask:
     """What is measured and how much of it.
 
     `texts` of the nine for quality, `long_texts` for length and `needle_texts` per length; MMLU `questions`
-    in all; bytes are counted at `held_tokens`; after each of `contexts`, `groups` of `steps` single tokens
-    are timed.
+    in all, without the first `skip_questions` of every subject; bytes are counted at `held_tokens`; after
+    each of `contexts`, `groups` of `steps` single tokens are timed.
     """
 
     parts: tuple[str, ...] = ("quality", "bytes")
@@ -66,12 +65,13 @@ class CacheTask:
     needle_lengths: tuple[int, ...] = LENGTHS
     needle_texts: int = 3
     questions: int = 6 * MMLU_SUBJECTS
+    skip_questions: int = 0
     held_tokens: tuple[int, ...] = HELD_TOKENS
     contexts: tuple[int, ...] = CONTEXTS
     groups: int = 24
     steps: int = 8
     protocol: Protocol = Protocol()
-    length_protocol: Protocol = Protocol(decoded=4000)
+    length_protocol: Protocol = LONG_PROTOCOL
 
     def __post_init__(self):
         if unknown := sorted(set(self.parts) - set(PARTS)):
@@ -160,7 +160,7 @@ class _Run:
 
     def length(self) -> list[LengthQuality]:
         protocol = self.task.length_protocol
-        rows = tokenize(self.tokenizer, long_texts()[: self.task.long_texts], protocol.length)
+        rows = tokenize_long(self.tokenizer, protocol.length, self.task.long_texts)
         return measure_length(self.model, self.systems, rows, protocol)
 
     def needle(self) -> list[NeedleScore]:
@@ -175,7 +175,8 @@ class _Run:
 
     def mmlu(self) -> list[MmluScore]:
         count = min(self.task.questions, MMLU_SUBJECTS)
-        subjects = load_subjects(self.tokenizer, -(-self.task.questions // count), count)
+        each = -(-self.task.questions // count)
+        subjects = load_subjects(self.tokenizer, each, count, self.task.skip_questions)
         dense, storage = measure_mmlu(self.model, self.tokenizer, dense_system(), subjects)
         scores = [summarize_mmlu(dense_system().name, dense, subjects, storage)]
         for system in self._quantised():

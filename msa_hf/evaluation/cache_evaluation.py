@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from msa_hf.evaluation.cache_length import LengthQuality
 from msa_hf.evaluation.cache_mmlu import MmluScore
 from msa_hf.evaluation.cache_needle import NeedleScore
-from msa_hf.evaluation.cache_quality import CacheQuality, LengthQuality, Protocol
+from msa_hf.evaluation.cache_quality import CacheQuality, Protocol
 from msa_hf.evaluation.cache_speed import CacheBytes
 from msa_hf.evaluation.decode_speed import SpeedRatio
 from msa_hf.evaluation.environment import Environment
@@ -112,23 +113,26 @@ def _comparisons(report: CacheEvaluation) -> list[str]:
 def _length(report: CacheEvaluation) -> list[str]:
     if not report.length:
         return []
-    tokens, edge, short = report.length[0].tokens, report.length[0].edge, report.length[0].short
+    tokens, edge, prefill = report.length[0].tokens, report.length[0].edge, report.length[0].prefill
     texts = len(report.length[0].first.kl_by_text)
     lines = [
-        f"Quality over length, {texts} texts: the first and last {edge} of {tokens:,} decoded tokens, the "
-        f"same last ones after {short:,} tokens alone and after one prefill (differences paired over texts)",
-        f"{'':12} {'':18} {'KL to dense (nats)':>27} {'last - this':>30} {'dense NLL':>21}",
+        f"Quality over length, {texts} texts: passages of {edge} tokens, the last of {tokens:,} decoded ones "
+        f"and the same",
+        f"right after {prefill:,} tokens; then closing ones after one prefill, and opening ones, other words "
+        "(paired over texts)",
+        f"{'':12} {'':19} {'KL to dense (nats)':>27} {'difference':>30} {'dense NLL':>21}",
     ]
     for row in report.length:
         for title, part, difference in (
             ("last", row.last, None),
             ("first", row.first, row.over_first),
-            ("last, short", row.last_after_short, row.over_short),
-            ("last, one prefill", row.last_in_one_piece, row.over_one_piece),
+            ("closing, last", row.closing, None),
+            ("closing, one piece", row.closing_in_one_piece, row.over_one_piece),
+            ("opening, first", row.opening, row.as_it_stands),
         ):
             against = _signed(difference, 5) if difference else ""
             lines.append(
-                f"{row.name:12} {title:18} {_fine(part.kl):>27} {against:>30} {str(part.dense_nll):>21}"
+                f"{row.name:12} {title:19} {_fine(part.kl):>27} {against:>30} {str(part.dense_nll):>21}"
             )
     return lines
 

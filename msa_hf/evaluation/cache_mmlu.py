@@ -1,8 +1,9 @@
 """MMLU, 5-shot, with the examples kept in the cache: what a quantised memory of a prompt costs in accuracy.
 
 The five examples of a subject go through a fresh cache once. Every question goes on from a copy of it and is
-answered by the largest logit among " A", " B", " C" and " D". Questions are the first ones of every subject's
-test split (Hendrycks et al., arXiv 2009.03300; prompt as in its release).
+answered by the largest logit among " A", " B", " C" and " D". Questions are taken in the order of every
+subject's test split, from the first or a later one on (Hendrycks et al., arXiv 2009.03300; prompt as in its
+release).
 """
 
 from __future__ import annotations
@@ -46,14 +47,18 @@ class MmluScore:
 
 
 def load_subjects(
-    tokenizer: Any, per_subject: int = 6, subjects: int | None = None, cache: Any = None
+    tokenizer: Any, per_subject: int = 6, subjects: int | None = None, skip: int = 0, cache: Any = None
 ) -> list[Subject]:
-    """Subjects by name, or `subjects` of them spread evenly over the names, each with its first questions."""
+    """Subjects by name, or `subjects` of them spread evenly over the names.
+
+    Each has `per_subject` questions, or as many as there are after the first `skip`.
+    """
+    asked = slice(skip, skip + per_subject)
     examples, tests = mmlu("dev", cache), mmlu("test", cache)
     names = list(tests)
     if subjects is not None:
         names = [names[number * len(names) // subjects] for number in range(subjects)]
-    return [_subject(tokenizer, name, examples[name], tests[name], per_subject) for name in names]
+    return [_subject(tokenizer, name, examples[name], tests[name], asked) for name in names]
 
 
 def measure_mmlu(
@@ -111,8 +116,8 @@ def letter_token(tokenizer: Any, letter: str) -> int:
     return ids[0]
 
 
-def _subject(tokenizer: Any, name: str, examples: bytes, tests: bytes, per_subject: int) -> Subject:
-    shots, asked = read_columns(examples), read_columns(tests)
+def _subject(tokenizer: Any, name: str, examples: bytes, tests: bytes, asked: slice) -> Subject:
+    shots, posed = read_columns(examples), read_columns(tests)
     title = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
     solved = [
         f"{_block(question, choices)} {_LETTERS[answer]}\n\n"
@@ -120,13 +125,13 @@ def _subject(tokenizer: Any, name: str, examples: bytes, tests: bytes, per_subje
     ]
     questions = [
         _block(question, choices)
-        for question, choices in zip(asked["question"][:per_subject], asked["choices"][:per_subject])
+        for question, choices in zip(posed["question"][asked], posed["choices"][asked])
     ]
     return Subject(
         name,
         tokenizer(title + "".join(solved))["input_ids"],
         [tokenizer(question, add_special_tokens=False)["input_ids"] for question in questions],
-        asked["answer"][:per_subject],
+        posed["answer"][asked],
     )
 
 

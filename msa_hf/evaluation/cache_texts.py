@@ -10,6 +10,7 @@ import os
 import random
 import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from msa_hf.packages import fetch_wheel, squad
@@ -63,6 +64,15 @@ _PLACES = ("Aldane", "Brisk Hill", "Corvale", "Dunmere", "Eastwick", "Fenport", 
 def long_texts(cache: str | os.PathLike | None = None) -> list[Text]:
     """Nine articles apart from both, the longest first (4 to 14 thousand tokens, six above 5,600)."""
     return sorted(_articles(LONG, cache), key=lambda text: -len(text.text))
+
+
+def tokenize_long(tokenizer: Any, length: int, count: int, cache: Any = None) -> list[list[int]]:
+    """The first `length` token ids of up to `count` texts that have as many.
+
+    Those of the measurement come first: how the recent window grows was fixed on the long ones.
+    """
+    rows = (tokenizer(text.text)["input_ids"] for text in [*benchmark_texts(cache), *long_texts(cache)])
+    return list(islice((row[:length] for row in rows if len(row) >= length), count))
 
 
 def tokenize(tokenizer: Any, texts: list[Text], length: int) -> list[list[int]]:
