@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 from msa_hf.modeling.memory_files import NAMES
 from msa_hf.modeling.retrieval_msa import MODES
 from msa_hf.store import HistoryError, MemoryStore, StoreError, StoreLockedError
+from msa_hf.store.database import WriterLock
 
 NOBODY = 65534  # user and group
 HANG = 5.0  # seconds; a second writer gives up after half a one
@@ -197,6 +198,34 @@ def test_the_lock_of_a_killed_writer_is_free_at_once(store, model, tiny_tokenize
     process.join()
     with MemoryStore.open(path, model, tiny_tokenizer) as again:
         assert again.add(["x"]) and again.verify() == []
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(store, model, tiny_tokenizer):
+    child = os.fork()
+    if not child:  # it has everything that is open here
+        time.sleep(60)
+        os._exit(0)
+    try:
+        store.close()
+        MemoryStore.open(store.path, model, tiny_tokenizer).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_give_the_lock_away(store):
+    path = store.path
+    store.close()
+    lock = WriterLock(path)
+    child = os.fork()
+    if not child:
+        lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with pytest.raises(StoreLockedError):
+        WriterLock(path)
+    lock.release()
+    WriterLock(path).release()
 
 
 def test_an_open_that_fails_leaves_no_lock(store, model, tiny_tokenizer):

@@ -285,7 +285,7 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path):
-        self._file = open(folder / LOCK, "a+b", buffering=0)
+        self._file, self._process = open(folder / LOCK, "a+b", buffering=0), os.getpid()
         try:
             self._take(folder)
         except BaseException:
@@ -311,6 +311,9 @@ class WriterLock:
         self._file.write(str(os.getpid()).encode())
 
     def release(self) -> None:
+        # A process that was forked meanwhile has the file, too; the lock must not last as long as that one.
+        if not self._file.closed and os.getpid() == self._process:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
         self._file.close()
 
 
