@@ -10,6 +10,7 @@ with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  (ZeroGPU wants to be there before torch is)
 
 from msa_hf.packaged_model import ready_model  # noqa: E402
+from msa_hf.space_app.gpu import lends  # noqa: E402
 from msa_hf.space_app.server import served  # noqa: E402
 from msa_hf.space_app.space import Space  # noqa: E402
 
@@ -20,7 +21,7 @@ HOST, PORT = "0.0.0.0", 7860
 
 def main() -> None:
     state = PERSISTENT / "msa-space" if os.access(PERSISTENT, os.W_OK) else None
-    model, tokenizer, name = ready_model(MODEL)
+    model, tokenizer, name = ready_model(MODEL, device="cpu" if lends() else None)
     with served(Space(model, tokenizer, name, state), HOST, PORT):
         threading.Event().wait()
 

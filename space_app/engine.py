@@ -5,16 +5,16 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from msa_hf.modeling.errors import MSAError
-from msa_hf.modeling.memory_bank import MemoryBank
 from msa_hf.serving.errors import RequestError
 from msa_hf.serving.generation import Answered, Cancelled, Generation
 from msa_hf.serving.protocol import ChatRequest
 from msa_hf.store import MemoryStore
 from msa_hf.store.provenance import coding_of, provenance_of
 
-from .gpu import on_gpu
+from .gpu import lends, on_gpu
 from .limits import Limits
 from .refusals import Refused
 from .turns import Turns
@@ -42,12 +42,12 @@ class Engine:
 
     def __init__(self, model, tokenizer, name: str, limits: Limits, portion_tokens: int | None = None):
         self.model, self.tokenizer, self.name, self.limits = model, tokenizer, name, limits
-        self.portion_tokens = portion_tokens or (GPU_PORTION if model.device.type == "cuda" else CPU_PORTION)
+        self.has_gpu = model.device.type == "cuda" or lends()
+        self.portion_tokens = portion_tokens or (GPU_PORTION if self.has_gpu else CPU_PORTION)
         self.turns = Turns(limits.waiting)
         # What every store of this model shares; the first call measures it, and no visitor waits for that.
-        coding = coding_of(provenance_of(model, tokenizer, 4, 4, 4), model, tokenizer)
-        self._means = coding.means
-        self._encode, self._answer = on_gpu(self._encode_now), on_gpu(self._answer_now)
+        coding_of(provenance_of(model, tokenizer, 4, 4, 4), model, tokenizer)
+        self._add, self._answer = on_gpu(self._add_now, model), on_gpu(self._answer_now, model)
 
     @property
     def ways(self) -> list[str]:
@@ -62,10 +62,17 @@ class Engine:
         """Tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def encode(self, texts: Sequence[str], visitor: str) -> MemoryBank:
-        """A dense bank of texts, in one turn of the visitor."""
+    def add(
+        self,
+        folder: Path,
+        texts: Sequence[str],
+        ids: Sequence[str],
+        metadata: Sequence[dict[str, Any]],
+        visitor: str,
+    ) -> int:
+        """Adds texts to the store in `folder`, or replaces them, in one turn; the number of its commits."""
         with self.turns.of(visitor):
-            return self._encode(list(texts))
+            return self._add(folder, list(texts), list(ids), list(metadata))
 
     def answer(
         self, folder: Path, request: ChatRequest, stop: Path, visitor: str
@@ -78,8 +85,11 @@ class Engine:
         with self.turns.of(visitor):
             yield from self._answer(folder, request, stop)
 
-    def _encode_now(self, texts: list[str]) -> MemoryBank:
-        return self.model.encode_memory(texts, self.tokenizer, means=self._means)
+    def _add_now(self, folder: Path, texts: list[str], ids: list[str], metadata: list[dict]) -> int:
+        with MemoryStore.open(folder, self.model, self.tokenizer) as store:
+            before = store.version
+            store.add(texts, ids, metadata=metadata, if_exists="update")
+            return store.version - before
 
     def _answer_now(self, folder: Path, request: ChatRequest, stop: Path) -> Iterator[str | Answered]:
         found: queue.SimpleQueue[str | Answered | BaseException] = queue.SimpleQueue()

@@ -241,18 +241,7 @@ class Library:
 
     def _store(self, portion: list[_Passage]) -> None:
         ids, texts, notes = (list(column) for column in zip(*((o.id, o.text, o.metadata) for o in portion)))
-        if self._engine.model.config.prompt_format == "msa":
-            # Its vectors hold the numbers that the store gives, so that the store must encode.
-            with self._engine.turns.of(self._visitor), self._writing(with_model=True) as store:
-                before = store.version
-                store.add(texts, ids, metadata=notes, if_exists="update")
-                self._changes.note(store.version - before)
-            return
-        bank = self._engine.encode(texts, self._visitor)
-        with self._writing(with_model=True) as store:
-            before = store.version
-            store.add_bank(bank, ids, metadata=notes, if_exists="update")
-            self._changes.note(store.version - before)
+        self._changes.note(self._engine.add(self.store, texts, ids, notes, self._visitor))
 
     def _remove(self, ids: list[str]) -> None:
         if ids:
@@ -270,9 +259,8 @@ class Library:
             yield store
 
     @contextmanager
-    def _writing(self, with_model: bool = False) -> Iterator[MemoryStore]:
-        given = (self._engine.model, self._engine.tokenizer) if with_model else ()
-        with MemoryStore.open(self.store, *given) as store:
+    def _writing(self) -> Iterator[MemoryStore]:
+        with MemoryStore.open(self.store) as store:
             yield store
 
     @contextmanager

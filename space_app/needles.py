@@ -112,7 +112,7 @@ def planned(
 def longest(space: Space) -> int:
     """Tokens of the longest text that is allowed on this machine."""
     limits = space.limits
-    return limits.needle_tokens if space.engine.model.device.type == "cuda" else limits.needle_cpu_tokens
+    return limits.needle_tokens if space.engine.has_gpu else limits.needle_cpu_tokens
 
 
 def reading_seconds(plan: Needles, pace: Pace) -> float | None:

@@ -16,7 +16,7 @@ from msa_hf.modeling.sample_texts import SAMPLE_TEXTS
 from msa_hf.store import MemoryStore
 
 from .engine import Engine
-from .gpu import SECONDS, on_gpu
+from .gpu import SECONDS, lends, on_gpu
 from .limits import Limits
 from .refusals import Refused
 from .sessions import Session
@@ -43,9 +43,8 @@ class Trials:
     def __init__(self, engine: Engine, limits: Limits):
         self.engine, self.limits = engine, limits
         self._room = threading.BoundedSemaphore(limits.trials)
-        own = self._compare_now
-        self._compare, self._hide = on_gpu(own), on_gpu(self._hide_now)
-        self._lent = self._compare is not own
+        self._compare, self._hide = (on_gpu(own, engine.model) for own in (self._compare_now, self._hide_now))
+        self._lent = lends()
         # As in `Pace`.
         self._cut: float | None = None
         self._read: float | None = None

@@ -3,6 +3,7 @@
 import io
 import stat
 import struct
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -19,6 +20,20 @@ HANG = 120  # seconds after which a test fails; nothing takes as long
 
 def space_model():
     return tiny_model(retrieval="router", max_position_embeddings=1024, lexical_prior=True)
+
+
+def awaited_client(url, process, errors):
+    """A client of the app that a process serves, once it does; `errors`: the file of its complaints."""
+    from gradio_client import Client
+
+    end = time.monotonic() + HANG
+    while True:
+        assert process.poll() is None, errors.read_text()
+        assert time.monotonic() < end, f"the app did not start: {errors.read_text()}"
+        try:
+            return Client(url, verbose=False)
+        except Exception:  # until it listens, whatever the client makes of that
+            time.sleep(0.2)
 
 
 @dataclass

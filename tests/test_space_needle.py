@@ -1,10 +1,8 @@
 """The Needle tab without a browser: cells against the engine's, limits, turns, and what is shown."""
 
 import re
-import sys
 import threading
 import time
-import types
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -13,7 +11,7 @@ from space_cases import HANG, MARKUP, NILE, SEINE, Clock, space_model
 
 from msa_hf.documents import Document
 from msa_hf.evaluation.memory_needle import NeedleCell, needle_grid
-from msa_hf.space_app import trials
+from msa_hf.space_app import gpu, trials
 from msa_hf.space_app.comparison import compare
 from msa_hf.space_app.limits import Limits
 from msa_hf.space_app.needle_view import needle_map, needle_table, progress_panel, ready_panel
@@ -248,24 +246,22 @@ def test_untrusted_text_stays_text():
 
 
 def test_with_zerogpu_a_test_ends_before_its_gpu_is_taken_back(tmp_path, monkeypatch, model, tiny_tokenizer):
-    lent = []
-
-    def gpu(duration):
-        def decorate(function):
-            def lend(*words):
-                lent.append((function.__name__, words[-1] - time.monotonic() <= duration - trials.MARGIN))
-                return map(lambda step: step, function(*words))
-
-            return lend
-
-        return decorate
-
-    monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=gpu))
+    monkeypatch.setattr(trials, "lends", lambda: True)
     space = Space(model, tiny_tokenizer, "tiny", tmp_path / "state", LIMITS, portion_tokens=10_000)
-    monkeypatch.setattr(space.engine, "_encode", space.engine._encode_now)
+    left = []
+
+    def noted(function):
+        def note(*words):
+            left.append(words[-1] - time.monotonic())
+            return function(*words)
+
+        return note
+
+    for name in ("_hide", "_compare"):
+        monkeypatch.setattr(space.trials, name, noted(getattr(space.trials, name)))
     session = filled(space, TEXT)
     space.trials.measure()
     assert space.trials.pace == Pace()  # nothing is lent for it
     assert list(hide(space, session, [500], 1, 0, LIBRARY))[-1].state == "done"
     assert list(compare(space, session, "Which river?", 200))[-1].state == "done"
-    assert lent == [("_hide_now", True), ("_compare_now", True)]
+    assert len(left) == 2 and all(0 < own <= gpu.SECONDS - trials.MARGIN for own in left)

@@ -7,11 +7,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ gradio_client = pytest.importorskip("gradio_client")
 from gradio_client import Client, handle_file  # noqa: E402
 from hub_cases import push  # noqa: E402
 from hub_server import hub_of_this_process  # noqa: E402
-from space_cases import HANG, MARKUP, NILE, SEINE, pdf, space_model, zipped  # noqa: E402
+from space_cases import HANG, MARKUP, NILE, SEINE, awaited_client, pdf, space_model, zipped  # noqa: E402
 
 from msa_hf import MemoryStore  # noqa: E402
 from msa_hf.asking import ask as ask_plainly  # noqa: E402
@@ -212,16 +210,16 @@ def test_an_answer_does_not_wait_for_a_long_upload(client, app, key, monkeypatch
     asker = call(client, "new_session")
     call(client, "add_text", asker, NILE, "Nile")
     begun, answered = threading.Event(), threading.Event()
-    encode, calls = app.engine.encode, []
+    add, calls = app.engine.add, []
 
-    def slow(texts, visitor):
-        calls.append(visitor)
+    def slow(*words):
+        calls.append(words)
         if len(calls) == 3:
             begun.set()
             assert answered.wait(HANG)
-        return encode(texts, visitor)
+        return add(*words)
 
-    monkeypatch.setattr(app.engine, "encode", slow)
+    monkeypatch.setattr(app.engine, "add", slow)
     job = client.submit(key, SEINE * 20, "Long", api_name="/add_text")
     assert begun.wait(HANG)
     assert call(client, "ask", asker, "Which river?")["state"] == "done"
@@ -335,32 +333,21 @@ def test_a_pushed_space_runs_where_the_package_is_not_installed(saved, tmp_path,
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     (tmp_path / "tmp").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(saved), port, str(ROOT)],
-        cwd=tmp_path / "tmp",
-        env=environment(tmp_path / "tmp"),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with open(tmp_path / "errors.txt", "w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder), str(saved), port, str(ROOT)],
+            cwd=tmp_path / "tmp",
+            env=environment(tmp_path / "tmp"),
+            stderr=errors,
+        )
     try:
-        client = _client(f"http://127.0.0.1:{port}/", process)
+        client = awaited_client(f"http://127.0.0.1:{port}/", process, tmp_path / "errors.txt")
         key = client.predict(api_name="/new_session")
         client.predict(key, NILE, "Nile", api_name="/add_text")
         assert client.predict(key, "Which river?", api_name="/ask")["passages"][0]["document"] == "Nile"
     finally:
         process.kill()
         process.wait(HANG)
-
-
-def _client(url, process):
-    end = time.monotonic() + HANG
-    while True:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < end, "the app did not start"
-        try:
-            return Client(url, verbose=False)
-        except Exception:  # until it listens, whatever the client makes of that
-            time.sleep(0.2)
 
 
 def test_the_front_matter_of_the_space():
@@ -372,43 +359,3 @@ def test_the_front_matter_of_the_space():
     assert front["sdk"] == "gradio" and f"gradio=={front['sdk_version']}\n" in pinned
     assert (ROOT / "space_app" / front["app_file"]).is_file() and len(front["short_description"]) <= 60
     assert {"title", "python_version", "license", "tags", "models"} <= front.keys()
-
-
-def test_with_zerogpu_the_work_is_lent_a_gpu(tmp_path, monkeypatch, model, tiny_tokenizer):
-    """A `spaces` of ours passes arguments and results through bytes, as one between processes does."""
-    import io
-    import types
-
-    import torch
-
-    lent = []
-
-    def through_bytes(value):
-        data = io.BytesIO()
-        torch.save(value, data)
-        data.seek(0)
-        return torch.load(data, weights_only=False)
-
-    def gpu(duration):
-        def decorate(function):
-            def lend(*words):
-                lent.append(function.__name__)
-                result = function(*through_bytes(words))
-                if hasattr(result, "__next__"):
-                    return map(through_bytes, result)
-                return through_bytes(result)
-
-            return lend
-
-        return decorate
-
-    monkeypatch.setitem(sys.modules, "spaces", types.SimpleNamespace(GPU=gpu))
-    from msa_hf.documents import Document
-    from msa_hf.space_app.questions import ask
-
-    space = Space(model, tiny_tokenizer, "tiny", tmp_path / "state", replace(LIMITS))
-    session = space.sessions.new()
-    list(session.library.add([Document("nile", "", NILE, "nile", {"kind": "text"})]))
-    last = list(ask(space.engine, space.limits, session, "Which river?"))[-1]
-    assert last.state == "done" and last.passages[0].document == "nile"
-    assert lent == ["_encode_now", "_answer_now"]
