@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from .flowing_text import flowing
 from .html_text import HTMLText
 from .modeling.errors import DocumentError
 from .splitting import Document, count_words, split_document
@@ -140,7 +141,7 @@ def _read_file(path: Path, name: str, explicit: bool, max_bytes: int) -> Iterato
         else:
             data = path.read_bytes()
             if _is_binary(data):
-                return _refuse(path, "binary file", explicit)
+                return _refuse(path, "it holds binary data, not text", explicit)
             yield _READERS[kind](path, name, data)
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -218,7 +219,7 @@ def _read_pdf(path: Path, name: str) -> Document:
     # RecursionError.
     except Exception as error:
         raise DocumentError(f"{path} cannot be read as PDF: {error or type(error).__name__}") from error
-    text = _encodable("\n\n".join(page.strip() for page in pages))
+    text = _encodable(flowing(pages))
     return Document(name, title or path.stem, text, str(path), {"kind": "pdf", "page_count": len(pages)})
 
 

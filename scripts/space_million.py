@@ -24,6 +24,7 @@ from msa_hf.packaged_model import ready_model
 
 FILE_TOKENS = 10_000
 EVERY = 20.0  # seconds between two questions of the other visitor
+ENDED = ("Added", "Stopped", "Ready")
 EXAMPLE, ASKED = "How this memory works", "What does a router choose?"
 LONGEST_WAIT = 120.0  # seconds that a question may take meanwhile
 FINAL = 20  # questions afterwards
@@ -78,13 +79,13 @@ def ingest(app: Served, options: argparse.Namespace, folder: Path) -> dict:
         owner.page.locator(".msa-progress b").filter(has_text="Reading into memory").wait_for()
         first = time.monotonic() - begin
         stopped = False
-        while "left" in (shown := owner.progress()) or "Starting" in shown:
+        while not (shown := owner.progress()).startswith(ENDED):
             seen.append(shown)
             memory.append(app.megabytes("RssAnon"))
             asks.append(other.ask(ASKED).seconds)
             lists.append(listing(lister))
             if not stopped and time.monotonic() - begin > 60 * options.minutes:
-                owner.press("Stop adding, keep what is done")
+                owner.press("Stop adding")
                 stopped = True
             waited = f"asked {asks[-1]:.1f} s, listed {lists[-1]:.2f} s, {memory[-1]:.0f} MB"
             print(f"{time.monotonic() - begin:6.0f} s  {shown!r}  {waited}", file=sys.stderr)

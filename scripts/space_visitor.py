@@ -113,6 +113,11 @@ class Visitor:
         self.tab("Library")
         self.page.locator("#msa-files input[type=file]").set_input_files(list(map(str, paths)))
 
+    def upload_folder(self, path: str | Path) -> None:
+        """Chooses a folder, without waiting for what becomes of it."""
+        self.tab("Library")
+        self.page.get_by_test_id("Add a whole folder-upload-button").set_input_files(str(path))
+
     def progress(self) -> str:
         """What the panel of progress says; "" where nothing is added."""
         return self.page.locator(".msa-progress").filter(visible=True).first.inner_text()
@@ -125,7 +130,7 @@ class Visitor:
         """Waits until what was dropped is in the library, and the page is ready for more."""
         panel = self.page.locator(".msa-progress", has_text="Added.").filter(visible=True)
         panel.wait_for(timeout=1000 * seconds)
-        self.page.get_by_role("button", name="Stop adding, keep what is done").wait_for(state="hidden")
+        self.page.locator("button:disabled", has_text="Stop adding").filter(visible=True).wait_for()
         self.page.locator("#msa-files input[type=file]").wait_for(state="attached")
 
     def listed(self, name: str, there: bool = True) -> None:

@@ -32,12 +32,14 @@ MARKS = {OWN: OWN, WIKIPEDIA: "Steven D. Smith"}  # a document that only this ex
 WIKIPEDIA_RECORDS = (80, 46, 90, *range(45))  # of HotpotQA (CC BY-SA 4.0), whose paragraphs are the example
 
 
-def add_files(space: Space, session: Session, paths: Sequence[str | Path]) -> Iterator[Progress]:
-    """Adds uploaded files, which are removed from where they arrived. Raises Refused."""
+def add_files(
+    space: Space, session: Session, paths: Sequence[str | Path], folder: bool = False
+) -> Iterator[Progress]:
+    """Adds uploaded files, or a folder's, which are removed from where they arrived. Raises Refused."""
     try:
         session.uploads.take()
         space.sessions.check_room()
-        documents = read_uploads(paths, session.scratch, space.limits)
+        documents = read_uploads(paths, session.scratch, space.limits, folder)
     finally:
         for path in map(Path, paths):
             if path.is_relative_to(space.uploads):

@@ -18,22 +18,33 @@ if TYPE_CHECKING:
 
 NAME = "Ask"
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+# Brings a question to the top of the window as soon as it is there; its answer and sources grow below it.
+SCROLL = """text => {
+  const live = document.getElementById("msa-live");
+  new MutationObserver((_, watch) => {
+    if (!live.querySelector(".msa-turn")) return;
+    watch.disconnect();
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    live.scrollIntoView({block: "start", behavior: still ? "auto" : "smooth"});
+  }).observe(live, {childList: true, subtree: true});
+  return text;
+}"""
 
 
 def build(page: Page) -> None:
     """Puts the tab's components and events into the page that is being built."""
     space, key = page.space, page.key
     log = gr.HTML(elem_classes="msa-log")
-    live = gr.HTML()
+    live = gr.HTML(elem_id="msa-live")
     message = gr.HTML()
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="msa-asking"):
         question = gr.Textbox(
             show_label=False,
             container=False,
             placeholder="Ask about your documents, and press Enter",
             max_length=space.limits.question_characters,
             scale=6,
-            min_width=200,
+            min_width=320,
             elem_id="msa-question",
             html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         )
@@ -70,11 +81,11 @@ def build(page: Page) -> None:
         kept = [gr.skip()] * len(examples)
         try:
             before = session.history.turns
+            earlier = rendering.conversation(before, opened=False) if before else ""
             for turn in ask(space.engine, space.limits, session, text, way, int(k), int(rounds)):
                 first = turn.state == "waiting"
-                earlier = rendering.conversation(before) if before and first else ("" if first else gr.skip())
-                block = rendering.turn_block(turn)
-                yield earlier, block, "", gr.update(interactive=True), *(hidden if first else kept)
+                above, buttons = (earlier, hidden) if first else (gr.skip(), kept)
+                yield above, rendering.turn_block(turn), "", gr.update(interactive=True), *buttons
             yield rendering.conversation(session.history.turns), "", "", gr.update(interactive=False), *kept
         except MSAError as error:
             refused = rendering.note(str(error), "bad")
@@ -98,11 +109,13 @@ def build(page: Page) -> None:
         return text, ""
 
     for trigger in (send.click, question.submit):
-        trigger(taken, [question], [waiting, question], queue=False, **_PRIVATE).then(
+        trigger(taken, [question], [waiting, question], queue=False, js=SCROLL, **_PRIVATE).then(
             answer, [key, waiting, way, k, rounds], outputs, **asks
         )
     for button in examples:
-        button.click(answer, [key, button, way, k, rounds], outputs, **asks)
+        button.click(lambda: None, js=SCROLL, queue=False, **_PRIVATE).then(
+            answer, [key, button, way, k, rounds], outputs, **asks
+        )
     stop.click(stopped, [key], None, **_PRIVATE)
     fresh.click(forgotten, [key], [log, live, *examples, message], **_PRIVATE)
     page.show(shown, [log, live, *examples])

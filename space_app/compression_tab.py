@@ -42,7 +42,7 @@ def build(page: Page) -> None:
             placeholder="A question about your documents",
             max_length=space.limits.question_characters,
             scale=6,
-            min_width=200,
+            min_width=320,
             elem_id="msa-comparison",
             html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
         )

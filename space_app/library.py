@@ -19,6 +19,7 @@ from .refusals import Refused
 
 STORE = "store"
 LONGEST_NAME = 200  # characters
+SHOWN_EVERY = 0.5  # seconds between two states of cutting
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far adding documents has come. `seconds` since its beginning; cancelled: it ended early."""
+    """How far adding documents has come.
+
+    Attributes:
+        all_tokens: 0 until all documents are cut into passages; `cut` of them are. seconds: since then.
+        cancelled: it ended early.
+    """
 
     documents: int
     all_documents: int
@@ -46,6 +52,7 @@ class Progress:
     seconds: float
     ended: bool = False
     cancelled: bool = False
+    cut: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -181,12 +188,19 @@ class Library:
     def _add(self, documents: list[Document]) -> Iterator[Progress]:
         stored = self._stored()
         known = {row.name: row for row in _rows(stored)}
-        passages = [self._cut(document) for document in documents]
+        passages: list[list[_Passage]] = []
+        shown = time.monotonic()
+        for document in documents:
+            passages.append(self._cut(document))
+            if time.monotonic() - shown > SHOWN_EVERY:
+                shown = time.monotonic()
+                yield Progress(0, len(documents), 0, 0, 0.0, cut=len(passages))
         self._check_room(known, documents, passages)
         replaced = {document.id for document in documents} & known.keys()
         flat = [passage for cut in passages for passage in cut]
         last = {cut[-1].id for cut in passages}
-        progress = Progress(0, len(documents), 0, sum(own.tokens for own in flat), 0.0)
+        all_tokens = sum(own.tokens for own in flat)
+        progress = Progress(0, len(documents), 0, all_tokens, 0.0, cut=len(documents))
         begun = time.monotonic()
         yield progress
         for portion in _portions(flat, self._engine.portion_tokens):

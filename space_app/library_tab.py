@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -13,7 +14,6 @@ from . import rendering
 from .adding import OWN, WIKIPEDIA, add_example, add_files, add_text, update_text
 from .library import Progress
 from .sessions import Session
-from .uploads import SUFFIXES
 
 if TYPE_CHECKING:
     from .page import Page
@@ -36,9 +36,11 @@ def build(page: Page) -> None:
             files = gr.File(
                 show_label=False,
                 file_count="multiple",
-                file_types=sorted(SUFFIXES),
                 height=150,
                 elem_id="msa-files",
+            )
+            folder = gr.UploadButton(
+                "Add a whole folder", file_count="directory", size="sm", elem_id="msa-folder"
             )
         with gr.Column(scale=2, min_width=300):
             gr.HTML('<p class="msa-hint">Or write one yourself:</p>')
@@ -46,15 +48,18 @@ def build(page: Page) -> None:
                 title = gr.Textbox(
                     label="Title", max_length=100, placeholder="Of the note; the same title replaces it"
                 )
-                text = gr.Textbox(label="Text", lines=5, max_lines=12, placeholder="Paste or write here")
+                text = gr.Textbox(
+                    label="Text", lines=5, max_lines=12, placeholder="Paste or write here", elem_id="msa-text"
+                )
                 paste = gr.Button("Add this text", variant="primary")
             gr.HTML('<p class="msa-hint">Or begin with an example:</p>')
             with gr.Row():
                 own = gr.Button(OWN, size="sm")
                 wikipedia = gr.Button(WIKIPEDIA, size="sm")
     with gr.Row(equal_height=True):
-        progress = gr.HTML(rendering.progress_panel(None))
-    cancel = gr.Button("Stop adding, keep what is done", visible=False, size="sm", variant="stop")
+        with gr.Column(scale=6, min_width=220):
+            progress = gr.HTML(rendering.progress_panel(None))
+        cancel = gr.Button("Stop adding", scale=1, min_width=80, interactive=False)
     message = gr.HTML()
     search = gr.Textbox(label="Search the documents", placeholder="words of a name or title", max_length=200)
     table = gr.HTML()
@@ -78,6 +83,7 @@ def build(page: Page) -> None:
             keep = gr.Button("Keep them")
     with gr.Group(visible=False) as editing:
         edited = gr.Textbox(label="Text of the document", lines=10, max_lines=24)
+        its_name = gr.State("")
         with gr.Row():
             save = gr.Button("Save", variant="primary")
             leave = gr.Button("Leave as it was")
@@ -102,24 +108,17 @@ def build(page: Page) -> None:
         return panel, listed, {name: value for name, value in choice.items() if name != "value"}, *buttons
 
     def adding(session: Session, portions: Iterator[Progress]):
-        """Shows what is added while it is; the message and the list at the end."""
-        waiting = (gr.skip(),) * len(outputs)
+        """Shows what is added while it is."""
         try:
-            yield rendering.progress_panel(Progress(0, 0, 0, 0, 0.0)), gr.update(visible=True), "", *waiting
-            last = None
-            for last in portions:
-                shown = (
-                    waiting if last.ended else (rendering.meter_panel(session.library.meter()), *waiting[1:])
-                )
-                yield rendering.progress_panel(last), gr.skip(), gr.skip(), *shown
-            yield gr.skip(), gr.update(visible=False), "", *state(session)
+            begun = rendering.progress_panel(Progress(0, 0, 0, 0, 0.0))
+            yield begun, gr.update(interactive=True), "", gr.skip()
+            for progressed in portions:
+                shown = rendering.meter_panel(session.library.meter())
+                yield rendering.progress_panel(progressed), gr.skip(), gr.skip(), shown
+            yield gr.skip(), gr.update(interactive=False), "", gr.skip()
         except MSAError as error:
-            yield (
-                rendering.progress_panel(None),
-                gr.update(visible=False),
-                rendering.note(str(error), "bad"),
-                *state(session),
-            )
+            told = rendering.note(str(error), "bad")
+            yield rendering.progress_panel(None), gr.update(interactive=False), told, gr.skip()
 
     def changed(session: Session, words: str, change, done: str) -> tuple:
         try:
@@ -129,30 +128,32 @@ def build(page: Page) -> None:
             text, kind = str(error), "bad"
         return rendering.note(text, kind), *state(session, words)
 
-    adds = {"concurrency_id": "adding", "concurrency_limit": 8, **_PRIVATE}
-    adding_outputs = [progress, cancel, message, *outputs]
+    def on_adding(trigger, add: Callable[..., Iterator[Progress]], inputs: Sequence = ()):
+        """Shows what `add` does with a session, then the list, as it is searched by then."""
 
-    def upload(value: str, paths: list[str] | None):
-        if paths:
+        def run(value: str, *given):
             session = page.session(value)
-            yield from adding(session, add_files(space, session, paths))
+            yield from adding(session, add(session, *given))
 
-    def pasted(value: str, own_title: str, own_text: str):
-        session = page.session(value)
-        yield from adding(session, add_text(space, session, own_text, own_title))
+        adds = {"concurrency_id": "adding", "concurrency_limit": 8, **_PRIVATE}
+        added = trigger(run, [key, *inputs], [progress, cancel, message, meter], **adds)
+        return added.then(
+            lambda value, words: seen(page.session(value), words), [key, search], outputs, **_PRIVATE
+        )
 
-    def example(value: str, name: str):
-        session = page.session(value)
-        yield from adding(session, add_example(space, session, name))
+    def upload(session: Session, paths: list[str] | None, whole: bool = False) -> Iterator[Progress]:
+        return add_files(space, session, paths or [], whole)
 
-    files.upload(upload, [key, files], adding_outputs, **adds).then(lambda: None, None, [files], **_PRIVATE)
-    paste.click(pasted, [key, title, text], adding_outputs, **adds).then(
-        lambda: ("", ""), None, [title, text], **_PRIVATE
+    # The place to drop files is free again at once.
+    dropped = gr.State([])
+    arrived = files.upload(lambda paths: (paths, None), [files], [dropped, files], queue=False, **_PRIVATE)
+    on_adding(arrived.then, upload, [dropped])
+    on_adding(folder.upload, partial(upload, whole=True), [folder])
+    on_adding(paste.click, lambda session, *given: add_text(space, session, *given), [text, title]).then(
+        lambda refused: [gr.skip()] * 2 if refused else [""] * 2, [message], [text, title], **_PRIVATE
     )
     for button, name in ((own, OWN), (wikipedia, WIKIPEDIA)):
-        button.click(
-            lambda value, name=name: (yield from example(value, name)), [key], adding_outputs, **adds
-        )
+        on_adding(button.click, lambda session, name=name: add_example(space, session, name))
     cancel.click(lambda value: page.session(value).library.cancel(), [key], None, **_PRIVATE)
 
     def searched(value: str, words: str) -> str:
@@ -185,21 +186,18 @@ def build(page: Page) -> None:
     forget.click(ask_first, [chosen], [message, confirming], **_PRIVATE)
 
     def open_editor(value: str, names: list[str]):
+        closed = gr.update(visible=False), gr.skip(), gr.skip()
         if len(names or []) != 1:
-            return rendering.note("Choose one document to edit.", "bad"), gr.update(visible=False), gr.skip()
+            return rendering.note("Choose one document to edit.", "bad"), *closed
         try:
-            return "", gr.update(visible=True), page.session(value).library.text(names[0])
+            return "", gr.update(visible=True), page.session(value).library.text(names[0]), names[0]
         except MSAError as error:
-            return rendering.note(str(error), "bad"), gr.update(visible=False), gr.skip()
+            return rendering.note(str(error), "bad"), *closed
 
-    def saved(value: str, names: list[str], new: str):
-        session = page.session(value)
-        if len(names or []) == 1:
-            yield from adding(session, update_text(space, session, names[0], new))
-
-    edit.click(open_editor, [key, chosen], [message, editing, edited], **_PRIVATE)
-    save.click(saved, [key, chosen, edited], adding_outputs, **adds)
-    for button in (save, leave):
-        button.click(lambda: gr.update(visible=False), None, [editing], **_PRIVATE)
+    edit.click(open_editor, [key, chosen], [message, editing, edited, its_name], **_PRIVATE)
+    on_adding(
+        save.click, lambda session, *given: update_text(space, session, *given), [its_name, edited]
+    ).then(lambda refused: gr.update(visible=bool(refused)), [message], [editing], **_PRIVATE)
+    leave.click(lambda: gr.update(visible=False), None, [editing], **_PRIVATE)
 
     page.show(seen, outputs, [search])

@@ -4,7 +4,7 @@ from msa_hf.evaluation.memory_needle import NeedleCell, summarize
 from msa_hf.evaluation.needle_map import level
 
 from .needles import Needles
-from .rendering import duration, safe
+from .rendering import duration, progress_bar, safe
 
 # By level: class, sign, words. The signs tell them apart without colours.
 KINDS = (
@@ -31,7 +31,7 @@ _ENDS = {
 
 def ready_panel(text: str) -> str:
     """What is to be expected, where the progress will be."""
-    return _panel("Ready", 0.0, text)
+    return progress_bar("Ready", 0.0, text)
 
 
 def progress_panel(state: Needles) -> str:
@@ -50,7 +50,7 @@ def progress_panel(state: Needles) -> str:
     parts.append(duration(state.seconds))
     if state.seconds_left:
         parts.append(f"about {duration(state.seconds_left)} left")
-    return _panel(head, (read + asked) / 2, " · ".join(parts))
+    return progress_bar(head, (read + asked) / 2, " · ".join(parts))
 
 
 def needle_map(state: Needles) -> str:
@@ -109,11 +109,6 @@ def _line(state: Needles, cell: NeedleCell) -> str:
         f"<small>{cell.tokens:,} tokens in {cell.documents:,} passages, depth {cell.depth:.0%} · router rank "
         f"{cell.router_rank:,} of {cell.documents:,}, {rank} · {cell.seconds:.1f} s</small></div></li>"
     )
-
-
-def _panel(head: str, share: float, text: str) -> str:
-    bar = f'<div class="msa-bar"><i style="width:{100 * share:.2f}%"></i></div>'
-    return f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{safe(text)}</small></div>'
 
 
 def _summary(state: Needles) -> str:

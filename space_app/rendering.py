@@ -72,12 +72,17 @@ def meter_panel(meter: Meter) -> str:
 
 def progress_panel(progress: Progress | None) -> str:
     if progress is None:
-        return '<div class="msa-progress msa-idle"></div>'
-    share = progress.tokens / progress.all_tokens if progress.all_tokens else 1.0
+        return progress_bar(
+            "Ready", 0.0, "What you add is cut into passages, and each is read into memory once."
+        )
+    if not progress.all_tokens:
+        cut = f"{progress.cut:,} of {progress.all_documents:,} documents"
+        return progress_bar("Cutting into passages", 0.0, cut if progress.all_documents else "Starting")
+    share = progress.tokens / progress.all_tokens
     if progress.ended:
         head = "Stopped. What was done is kept." if progress.cancelled else "Added."
     else:
-        head = "Reading into memory" if progress.tokens else "Starting"
+        head = "Reading into memory"
     parts = [
         f"{progress.documents:,} of {progress.all_documents:,} documents",
         f"{progress.tokens:,} of {progress.all_tokens:,} tokens",
@@ -86,10 +91,13 @@ def progress_panel(progress: Progress | None) -> str:
         parts.append(f"{progress.tokens_per_second:,.0f} tokens/s")
     if progress.seconds_left and not progress.ended:
         parts.append(f"{duration(progress.seconds_left)} left")
+    return progress_bar(head, share, " · ".join(parts))
+
+
+def progress_bar(head: str, share: float, text: str) -> str:
+    """A panel that says what is done, how much of it, and more in small letters."""
     bar = f'<div class="msa-bar"><i style="width:{100 * share:.2f}%"></i></div>'
-    return (
-        f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{" · ".join(parts)}</small></div>'
-    )
+    return f'<div class="msa-progress" role="status"><b>{head}</b>{bar}<small>{safe(text)}</small></div>'
 
 
 def document_table(rows: Sequence[Row], searched: bool) -> str:
@@ -115,8 +123,8 @@ def document_table(rows: Sequence[Row], searched: bool) -> str:
     )
 
 
-def conversation(turns: Sequence[Turn], empty_library: bool = False) -> str:
-    """The turns with their sources; without any, what to do first."""
+def conversation(turns: Sequence[Turn], empty_library: bool = False, opened: bool = True) -> str:
+    """The turns with their sources, those of the last one open; without any, what to do first."""
     if not turns:
         head, text = (
             (
@@ -128,7 +136,7 @@ def conversation(turns: Sequence[Turn], empty_library: bool = False) -> str:
         )
         return f'<div class="msa-welcome"><b>{head}</b><p>{text}</p></div>'
     last = len(turns) - 1
-    return "".join(turn_block(turn, number == last) for number, turn in enumerate(turns))
+    return "".join(turn_block(turn, opened and number == last) for number, turn in enumerate(turns))
 
 
 def turn_block(turn: Turn, opened: bool = True) -> str:

@@ -18,21 +18,27 @@ TAKEN = "Text (.txt, .md), web pages (.html), PDF, source code, and zip files of
 MOST_CONTROLS = 0.02  # share of control characters that no text has
 
 
-def read_uploads(paths: Sequence[str | Path], scratch: Path, limits: Limits) -> list[Document]:
+def read_uploads(
+    paths: Sequence[str | Path], scratch: Path, limits: Limits, folder: bool = False
+) -> list[Document]:
     """Documents of the files of one upload; their ids are the files' names, which may repeat.
 
     Args:
         scratch: folder for what is unpacked; removed again.
+        folder: the files are all that a folder has, of which other kinds of files are left out.
 
     Raises Refused, naming the first file that is not taken and why.
     """
     paths = [Path(path) for path in paths]
     if not paths:
         raise Refused("Choose a file first.")
-    if len(paths) > limits.upload_files:
-        raise Refused(
-            f"{len(paths)} files are too many for one upload: send at most {limits.upload_files}, or a zip."
-        )
+    most = limits.archive_files if folder else limits.upload_files
+    if len(paths) > most:
+        raise Refused(f"{len(paths):,} files are too many for one upload: send at most {most:,}, or a zip.")
+    if folder:
+        paths = [path for path in paths if _is_of_use(path)]
+        if not paths:
+            raise Refused(f"This folder has no file that is taken. {TAKEN}")
     for path in paths:
         _check_file(path, limits)
     total = sum(path.stat().st_size for path in paths)
@@ -55,6 +61,12 @@ def read_uploads(paths: Sequence[str | Path], scratch: Path, limits: Limits) -> 
     return [
         Document(own.id, own.title, own.text, own.id, {"kind": own.metadata["kind"]}) for own in documents
     ]
+
+
+def _is_of_use(path: Path) -> bool:
+    """Whether a file that nobody has named is taken, as one in an archive would be."""
+    hidden = path.name.startswith(".")
+    return not hidden and path.suffix.lower() in SUFFIXES and path.is_file() and path.stat().st_size > 0
 
 
 def text_document(text: str, title: str, name: str, limits: Limits) -> Document:

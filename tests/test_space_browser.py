@@ -88,7 +88,10 @@ def test_a_visit_from_the_first_book_to_its_return(visit, real, tmp_path):
     [(_, oxygen)] = texts.articles(7, 1).items()
     (tmp_path / "book.pdf").write_bytes(texts.book({BOOK: oxygen}))
     halves = {"rhine/upper.txt": rhine[: len(rhine) // 2], "rhine/lower.txt": rhine[len(rhine) // 2 :]}
-    (tmp_path / "folder.zip").write_bytes(texts.zipped(halves))
+    for name, text in halves.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "rhine" / "map.png").write_bytes(b"\x89PNG")
     for name, text in (("nile.txt", NILE), ("seine.txt", SEINE)):
         (tmp_path / name).write_text(text)
     visitor = visit(real)
@@ -97,8 +100,8 @@ def test_a_visit_from_the_first_book_to_its_return(visit, real, tmp_path):
     visitor.added()
     moved = sorted(set(figures(visitor.watched())))
     assert len(moved) > 2 and moved[0] == 0
-    visitor.upload(tmp_path / "folder.zip")
-    visitor.listed("folder/rhine/lower.txt")
+    visitor.upload_folder(tmp_path / "rhine")
+    visitor.listed("lower.txt")
     visitor.upload(tmp_path / "nile.txt", tmp_path / "seine.txt")
     visitor.listed("seine.txt")
     names = visitor.documents()
@@ -121,6 +124,17 @@ def test_a_visit_from_the_first_book_to_its_return(visit, real, tmp_path):
     visitor.listed("book.pdf")
     assert told(visitor.ask(asked[0].text), asked[0])
 
+    dense, four, *others = visitor.compare(asked[0].text, 320)
+    assert dense.startswith("Dense") and "200 % of bfloat16" in dense  # float32
+    assert four.startswith("4 bits") and re.search(r"Bits\s4\.[12]\d", four) and len(others) == 4
+    assert all(("same answer" in row) != ("differs" in row) for row in (four, *others))
+    facts = visitor.needles([1000], 2)
+    assert len(facts) == 2 and all("1,0" in fact and "router rank 1 of" in fact for fact in facts)
+    cells = visitor.page.locator(".msa-map button.msa-needle")
+    assert cells.count() == 2 and visitor.page.get_by_text(re.compile(r"of 2 facts found")).is_visible()
+    cells.last.click()
+    assert visitor.page.locator(".msa-facts .msa-chosen").count() == 1
+
 
 def test_two_visitors_see_nothing_of_each_other(visit, tiny, tmp_path):
     one, two = visit(tiny.url), visit(tiny.url)
@@ -141,7 +155,7 @@ def test_two_visitors_see_nothing_of_each_other(visit, tiny, tmp_path):
 
 
 REFUSED = {
-    "program.exe": (b"MZ", "nvalid file type|not taken"),
+    "program.exe": (b"MZ", "this kind of file is not taken"),
     "large.txt": (b"a line of text\n" * 150_000, "maximum|file may have"),
     "broken.pdf": (b"%PDF-1.4 and nothing more", "damaged or no PDF"),
     "scanned.pdf": (pdf(), "has no text"),
@@ -149,7 +163,7 @@ REFUSED = {
     "bomb.zip": (zipped({"bomb.txt": b"0" * (1500 << 10)}), "100 times its size"),
     "damaged.zip": (b"PK\3\4 and nothing more", "damaged or no zip"),
     "outside.zip": (zipped({"../outside.txt": b"text"}), "leads out of the archive"),
-    "binary.txt": (bytes(range(32)) * 9, "cannot be read: binary file"),
+    "binary.txt": (bytes(range(32)) * 9, "holds binary data, not text"),
 }
 
 
@@ -179,6 +193,42 @@ def test_what_was_searched_and_chosen_stays_when_the_tab_is_filled_again(visit, 
     visitor.tab("Library")
     visitor.page.locator(".msa-meter", has_text="2 passages").wait_for()
     assert empty.is_visible() and visitor.page.get_by_title("Clear", exact=True).is_visible()
+
+
+def test_what_is_searched_while_documents_are_added_stays(visit, tiny, tmp_path):
+    visitor = visit(tiny.url)
+    for name, text in (("nile.txt", NILE), ("seine.txt", SEINE)):
+        (tmp_path / name).write_text(text)
+    visitor.upload(tmp_path / "nile.txt")
+    visitor.listed("nile.txt")
+    visitor.search("seine")
+    visitor.page.get_by_text("No document matches these words.").wait_for()
+    visitor.upload(tmp_path / "seine.txt")
+    visitor.listed("seine.txt")
+    assert visitor.documents() == ["seine.txt"]
+    visitor.search("")
+    visitor.listed("nile.txt")
+
+
+def test_a_refused_text_can_be_mended(visit, tiny):
+    visitor = visit(tiny.url)
+    visitor.page.get_by_role("button", name="Paste a text").click()
+    field = visitor.page.get_by_label("Text", exact=True)
+    field.fill(f"{NILE}\0")
+    visitor.press("Add this text")
+    visitor.note().get_by_text("is not text").wait_for()
+    assert field.input_value().startswith(NILE)
+    field.fill(NILE)
+    visitor.press("Add this text")
+    visitor.listed("Note")
+    visitor.page.wait_for_function("!document.querySelector('#msa-text textarea').value")
+    visitor.choose("Note")
+    visitor.press("Edit")
+    edited = visitor.page.get_by_label("Text of the document")
+    edited.fill(SEINE)
+    visitor.press("Save")
+    edited.wait_for(state="hidden")
+    assert "Seine" in visitor.ask("Which river?").sources[0].text
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -24,7 +24,7 @@ from msa_hf import MemoryStore
 from msa_hf.asking import ask as ask_plainly
 from msa_hf.documents import Document
 from msa_hf.serving import generation
-from msa_hf.space_app import engine, rendering
+from msa_hf.space_app import engine, library, rendering
 from msa_hf.space_app.adding import add_files, add_text, update_text
 from msa_hf.space_app.archives import unpack
 from msa_hf.space_app.history import Passage, Turn
@@ -118,6 +118,14 @@ def test_a_document_is_added_in_portions_that_are_there_when_they_are_reported(s
     assert len(seen) > 5 and seen[-1].ended and not seen[-1].cancelled
     assert seen[-1].tokens == seen[-1].all_tokens and seen[-1].documents == 1
     assert " ".join(session.library.text("rivers").split()) == text
+
+
+def test_cutting_is_shown_before_anything_is_read(session, monkeypatch):
+    monkeypatch.setattr(library, "SHOWN_EVERY", -1)
+    states = list(session.library.add([document("nile", NILE), document("seine", SEINE)]))
+    assert [(own.cut, own.all_tokens) for own in states[:2]] == [(1, 0), (2, 0)]
+    assert "1 of 2 documents" in rendering.progress_panel(states[0])
+    assert states[2].all_tokens > 0 == states[2].tokens and states[-1].ended
 
 
 def test_cancel_keeps_what_is_done_and_undo_takes_it_back(session):
@@ -285,6 +293,23 @@ def test_an_upload_of_all_kinds(space, session, tmp_path):
     )
     assert names(session) == ["page.html", "n.pdf", "z/b.py", "z/docs/a.md"]
     assert "Nile flows" in session.library.text("n.pdf") and session.library.text("page.html") == SEINE
+
+
+def test_a_folder_brings_what_can_be_read(space, session, tmp_path):
+    files = {"nile.txt": NILE, ".hidden.txt": NILE, "photo.png": "x", "empty.txt": "", "code.py": "x = 1\n"}
+    paths = [tmp_path / name for name in files]
+    for path, text in zip(paths, files.values()):
+        path.write_text(text)
+    list(add_files(space, session, paths, folder=True))
+    assert names(session) == ["nile.txt", "code.py"]
+    with pytest.raises(Refused, match="no file that is taken"):
+        list(add_files(space, session, paths[1:4], folder=True))
+    with pytest.raises(Refused, match=r"photo\.png"):
+        list(add_files(space, session, paths[2:3]))
+    many = [paths[0]] * (LIMITS.archive_files + 1)
+    with pytest.raises(Refused, match="too many for one upload"):
+        list(add_files(space, session, many, folder=True))
+    assert names(session) == ["nile.txt", "code.py"]
 
 
 def test_uploads_a_minute(space, session, clock):
