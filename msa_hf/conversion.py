@@ -17,7 +17,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from .configs import preset, presets, routers_folder
 from .modeling.configuration_msa import MSAConfig
@@ -102,16 +102,21 @@ def convert(
         routers = Path(routers) if Path(routers).is_dir() else routers_folder(str(routers))
         memory_fields |= _router_settings(routers, memory_fields)
     folder, gguf_file = _locate(source, revision)
-    config = _memory_config(folder, gguf_file, memory_fields)
-    how = {"gguf_file": gguf_file} if gguf_file else {}
-    if not gguf_file and (reference := read_reference(folder)) is not None:
-        _say_what_is_taken(reference, config, memory_fields)
-        how = {"config": config}  # else it reads the reference's, and warns once more of what was just said
+    how = {}
+    if gguf_file:
+        backbone = _backbone_config(folder, gguf_file)
+        config = MSAConfig.from_backbone(backbone, **memory_fields)
+        how = {"gguf_file": gguf_file}
+    else:
+        config = _memory_config(folder, memory_fields)
+        if (reference := read_reference(folder)) is not None:
+            _say_what_is_taken(reference, config, memory_fields)
+            how = {"config": config}  # else it reads the reference's, and warns again of what was just said
     tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     notes = {"license": _license(folder), **origin}
     with finished_folder(destination) as made:
         if gguf_file:
-            model = _load_gguf(folder, gguf_file, config, dtype)
+            model = _load_gguf(folder, gguf_file, backbone, config, dtype)
             model = load_router(model, routers) if routers is not None else model
             _save(model, made, max_shard_size)
             config = model.config
@@ -162,7 +167,7 @@ def _download(repository: str, revision: str | None, weights: bool = True) -> Pa
         raise ConversionError(f"{repository} does not exist, and is not a Hub id either")
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_SMALL_FILES))
-        _memory_config(folder, None, {})  # refuses what cannot be converted before the weights are fetched
+        _memory_config(folder, {})  # refuses what cannot be converted before the weights are fetched
         if not weights:
             return folder
         return Path(snapshot_download(repository, revision=folder.name, allow_patterns=_HUB_WEIGHTS))
@@ -175,9 +180,14 @@ def _download(repository: str, revision: str | None, weights: bool = True) -> Pa
         ) from error
 
 
-def _memory_config(folder: Path, gguf_file: str | None, memory_fields: dict[str, Any]) -> MSAConfig:
-    if not gguf_file and (reference := read_reference(folder)) is not None:
+def _memory_config(folder: Path, memory_fields: dict[str, Any]) -> MSAConfig:
+    if (reference := read_reference(folder)) is not None:
         return reference_config(reference, memory_fields)
+    return MSAConfig.from_backbone(_backbone_config(folder), **memory_fields)
+
+
+def _backbone_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
+    """The config of a backbone that can be converted, as far as it tells."""
     try:
         backbone = AutoConfig.from_pretrained(folder, **({"gguf_file": gguf_file} if gguf_file else {}))
     except ImportError as error:
@@ -186,7 +196,7 @@ def _memory_config(folder: Path, gguf_file: str | None, memory_fields: dict[str,
         raise ConversionError(f"{gguf_file or folder} cannot be read as a model: {error}") from error
     if not gguf_file and getattr(backbone, "quantization_config", None) is not None:
         raise ConversionError(f"{folder} is quantised: convert the original weights, or a GGUF file")
-    return MSAConfig.from_backbone(backbone, **memory_fields)
+    return backbone
 
 
 def _stream_folder(
@@ -227,12 +237,16 @@ def _written_dtype(
     return found
 
 
-def _load_gguf(folder: Path, file: str, config: MSAConfig, dtype: str | torch.dtype) -> MSAForCausalLM:
+def _load_gguf(
+    folder: Path, file: str, backbone_config: PretrainedConfig, config: MSAConfig, dtype: str | torch.dtype
+) -> MSAForCausalLM:
     """Weights unpacked to `dtype`, then copied: Transformers reads GGUF only into its own architectures."""
     unpacked = {}
     if hasattr(transformers, "GgufConfig"):
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    backbone = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype, **unpacked)
+    backbone = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, config=backbone_config, dtype=dtype, **unpacked
+    )
     config.dtype = backbone.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ROUTER_SEED)

@@ -115,7 +115,6 @@ class Trials:
         split_document(text, self.limits.piece_tokens, self.engine.count)
         self._cut = (time.perf_counter() - begin) / tokens
         with self.engine.turns.of(""):
-            self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)  # warm
             begin = time.perf_counter()
             self.engine.model.encode_memory(list(SAMPLE_TEXTS), self.engine.tokenizer)
             self._read = (time.perf_counter() - begin) / tokens
