@@ -43,6 +43,11 @@ def add_batch_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-tokens", type=positive, metavar="N", help=text)
 
 
+def batch_tokens(options: argparse.Namespace) -> dict[str, int]:
+    """What `add_batch_tokens` was given, as an argument of whatever encodes."""
+    return {"batch_tokens": options.batch_tokens} if options.batch_tokens else {}
+
+
 def add_store_settings(parser: argparse.ArgumentParser) -> None:
     """What a new store is made with; None where nothing is said."""
     group = parser.add_argument_group("a new store")
@@ -117,3 +122,7 @@ def json_object(text: str) -> dict:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
     return value
+
+
+def print_json(value: dict) -> None:
+    print(json.dumps(value))

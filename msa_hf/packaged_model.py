@@ -29,7 +29,7 @@ def converted_model(folder: Path, cache: Path | None = None) -> Path:
 
 def ready_model(path: str | None = None, device: str | None = None, dtype: str | None = None):
     """(model, tokenizer, its name for people) of a converted model, by default the one of this module."""
-    from .commands import load_model
+    from .model_loading import load_model
 
     name = MODEL if path is None else Path(path.rstrip("/")).name
     if path is None:

@@ -60,7 +60,7 @@ def serve(options: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MSAError(f"serve needs starlette and uvicorn: pip install 'msa-hf[serve]' ({error})") from error
-    from .commands import load_model, warn_untrained
+    from .model_loading import load_model, warn_untrained
     from .serving.limits import Limits
     from .serving.server import bind
     from .serving.server import serve as serve_until_signal

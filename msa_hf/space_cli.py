@@ -42,7 +42,7 @@ def space(options: argparse.Namespace) -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         raise MSAError(f"the app needs gradio: pip install '.[space]' ({error})") from error
-    from .commands import warn_untrained
+    from .model_loading import warn_untrained
     from .packaged_model import ready_model
     from .serving.server import bind
     from .space_app.server import served

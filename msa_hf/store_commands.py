@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .arguments import print_json
 from .modeling.errors import MemoryFormatError, MSAError
 from .store_opening import (
     check_no_settings,
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 def ingest(options: argparse.Namespace) -> None:
-    from .commands import load_model, warn_untrained
     from .ingestion import ingest_into
+    from .model_loading import load_model, warn_untrained
     from .modeling.errors import DocumentError
 
     if options.resume:
@@ -55,7 +56,7 @@ def ingest(options: argparse.Namespace) -> None:
             raise
         stats = store.stats()
     if options.json:
-        _print_json({"store": str(options.store), **done.to_dict(), "documents_in_store": stats["documents"]})
+        print_json({"store": str(options.store), **done.to_dict(), "documents_in_store": stats["documents"]})
     else:
         print(
             f"{options.store}: {done.documents:,} documents in {done.pieces:,} pieces: {done.added:,} added, "
@@ -231,7 +232,7 @@ def verify(options: argparse.Namespace) -> int:
     except MemoryFormatError as error:
         problems = [str(error)]
     if options.json:
-        _print_json({"store": options.store, "problems": problems})
+        print_json({"store": options.store, "problems": problems})
     else:
         print("\n".join(problems) or f"{options.store}: every byte is as it was written")
     return 1 if problems else 0
@@ -276,7 +277,7 @@ def import_folder(options: argparse.Namespace) -> None:
             with writing(options, *model_of(options)) as store:
                 count = _import(store, options)
     elif options.model:
-        from .commands import load_model
+        from .model_loading import load_model
 
         model = load_model(options.model, options.device, options.dtype)
         with open_or_create(options, *model, options.model) as store:
@@ -296,7 +297,7 @@ def import_folder(options: argparse.Namespace) -> None:
 
 
 def reencode(options: argparse.Namespace) -> None:
-    from .commands import load_model
+    from .model_loading import load_model
 
     with writing(options) as store:
         model, tokenizer = load_model(options.model, options.device, options.dtype)
@@ -345,10 +346,6 @@ def _check_not_empty(texts: Iterable[str]) -> None:
 
 def _say(options: argparse.Namespace, result: dict[str, Any], text: str) -> None:
     print(json.dumps(result) if options.json else text)
-
-
-def _print_json(value: dict) -> None:
-    print(json.dumps(value))
 
 
 def _print_rows(options: argparse.Namespace, rows: list[dict], line) -> None:

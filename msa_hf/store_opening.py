@@ -74,7 +74,7 @@ def check_no_settings(options: argparse.Namespace) -> None:
 
 def model_of(options: argparse.Namespace):
     """(model, tokenizer) of a store, in the precision that made it unless another is asked for."""
-    from .commands import load_model, model_path_of
+    from .model_loading import load_model, model_path_of
 
     with reading(options) as store:
         path = model_path_of(store.model_path, options.store, options.model)

@@ -17,10 +17,11 @@ import torch
 
 from msa_hf import packages
 from msa_hf.asking import Reply, ask
-from msa_hf.commands import load_model, render_reply
+from msa_hf.commands import render_reply
 from msa_hf.documents import Document
 from msa_hf.evaluation.peak_memory import peak_resident_bytes
 from msa_hf.ingestion import remember
+from msa_hf.model_loading import load_model
 from msa_hf.modeling.errors import MSAError
 from msa_hf.modeling.memory_bank import MemoryBank
 from msa_hf.packaged_model import converted_model, faster_dtype

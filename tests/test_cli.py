@@ -12,6 +12,7 @@ from msa_hf import commands, packages
 from msa_hf.asking import ask
 from msa_hf.cli import build_parser, main
 from msa_hf.evaluation import cost
+from msa_hf.model_loading import load_model
 from msa_hf.modeling.memory_bank import MemoryBank
 
 CITIES = {
@@ -157,7 +158,7 @@ def test_ask_json_equals_the_library(capsys, memory_folder, model_folder):
     first, second = map(json.loads, out.splitlines())
     assert code == 0 and second["question"] == "What spoils?"
     assert 1 <= len(first["sources"]) <= 2 and first["retrieval"] == "router" and first["routers_trained"]
-    model, tokenizer = commands.load_model(str(model_folder), "cpu")
+    model, tokenizer = load_model(str(model_folder), "cpu")
     memory = MemoryBank.from_pretrained(memory_folder, model=model)
     reply = ask(model, tokenizer, memory, "Lima?", k=2, rounds=1, max_new_tokens=3)
     expected = json.loads(json.dumps(reply.to_dict()))

@@ -13,7 +13,7 @@ pytest.importorskip("gradio")
 from space_browser import of_scripts, visitors  # noqa: E402
 from space_cases import MARKUP, NILE, SEINE, pdf, space_model, zipped  # noqa: E402
 
-from msa_hf.commands import load_model  # noqa: E402
+from msa_hf.model_loading import load_model  # noqa: E402
 from msa_hf.space_app.adding import add_text  # noqa: E402
 from msa_hf.space_app.limits import Limits  # noqa: E402
 from msa_hf.space_app.server import served  # noqa: E402

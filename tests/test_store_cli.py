@@ -7,7 +7,7 @@ import sys
 import pytest
 from tiny_models import tiny_model
 
-from msa_hf import commands, store_ingestion
+from msa_hf import model_loading, store_ingestion
 from msa_hf.cli import main
 from msa_hf.ingestion import ingest_into
 from msa_hf.store import MemoryStore
@@ -25,7 +25,7 @@ def model_folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def model(model_folder):
-    return commands.load_model(str(model_folder), "cpu")
+    return model_loading.load_model(str(model_folder), "cpu")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def without_models(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(commands, "load_model", fail)
+    monkeypatch.setattr(model_loading, "load_model", fail)
 
 
 # Ingestion

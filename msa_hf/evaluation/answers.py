@@ -8,7 +8,6 @@ ranks documents by default and by its routers alone.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -229,8 +228,3 @@ def render(report: AnswerReport) -> str:
             f"{report.documents_read[name]:.1f} documents read, {report.gold_read[name]:.0%} of the gold"
         )
     return "\n".join(lines)
-
-
-def save_json(report: AnswerReport, path: str | Path) -> None:
-    """Writes the report with all answers as JSON."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -228,11 +227,6 @@ def _signed(estimate: Estimate, digits: int = 4) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
-
-
-def save_json(report: CacheEvaluation, path: str | Path) -> None:
-    """Writes the report as JSON."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def save_plot(report: CacheEvaluation, path: str | Path) -> None:

@@ -7,7 +7,6 @@ first token must be the same every time. Repetitions alternate between the two s
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -299,8 +298,3 @@ def render(report: CostReport) -> str:
             f"peak {peak:.2f} GiB ({loaded:.2f} GiB before encoding, bank {bank:.2f} GiB)"
         )
     return "\n".join(lines)
-
-
-def save_json(report: CostReport, path: str | Path) -> None:
-    """Writes the report as JSON."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

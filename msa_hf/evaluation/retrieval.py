@@ -7,7 +7,6 @@ paired bootstrap intervals over the questions.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -205,11 +204,6 @@ def render(report: RetrievalReport) -> str:
 
 def _row(name: str, rows: dict[str, Estimate], width: int) -> str:
     return " ".join([f"{name:<{width}}", *(f"{str(estimate):>20}" for estimate in rows.values())])
-
-
-def save_json(report: RetrievalReport, path: str | Path) -> None:
-    """Writes the report as JSON."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def save_plot(report: RetrievalReport, path: str | Path) -> None:

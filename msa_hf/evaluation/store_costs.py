@@ -168,11 +168,6 @@ def render(report: StoreReport) -> str:
     return "\n".join(lines)
 
 
-def save_json(report: StoreReport, path: str | Path) -> None:
-    """Writes the report."""
-    Path(path).write_text(json.dumps(report.to_dict(), indent=1), encoding="utf-8")
-
-
 def _names(copy: int, documents: int) -> list[str]:
     return [f"{copy}-{number}" for number in range(documents)]
 
