@@ -10,6 +10,7 @@ from msa_hf.modeling.errors import MSAError
 
 from . import rendering
 from .adding import MARKS, QUESTIONS
+from .question_row import question_row
 from .questions import MOST_DOCUMENTS, MOST_ROUNDS, ask
 from .sessions import Session
 
@@ -37,19 +38,9 @@ def build(page: Page) -> None:
     log = gr.HTML(elem_classes="msa-log")
     live = gr.HTML(elem_id="msa-live")
     message = gr.HTML()
-    with gr.Row(equal_height=True, elem_id="msa-asking"):
-        question = gr.Textbox(
-            show_label=False,
-            container=False,
-            placeholder="Ask about your documents, and press Enter",
-            max_length=space.limits.question_characters,
-            scale=6,
-            min_width=320,
-            elem_id="msa-question",
-            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-        )
-        send = gr.Button("Ask", variant="primary", scale=1, min_width=80)
-        stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
+    question, send, stop = question_row(
+        space.limits, "msa-question", "Ask about your documents, and press Enter", "Ask"
+    )
     with gr.Row():
         examples = [
             gr.Button(text, size="sm", visible=False, min_width=160)

@@ -15,6 +15,7 @@ from .comparison import EMPTY, LEAST, USUAL, Comparison, compare
 from .compression_view import comparison_rows, progress_line
 from .curves_plot import curves
 from .library import Row
+from .question_row import question_row
 from .sessions import Session
 
 if TYPE_CHECKING:
@@ -35,19 +36,9 @@ def build(page: Page) -> None:
     space, key = page.space, page.key
     most = space.limits.comparison_tokens
     gr.HTML(_HINT)
-    with gr.Row(equal_height=True):
-        question = gr.Textbox(
-            show_label=False,
-            container=False,
-            placeholder="A question about your documents",
-            max_length=space.limits.question_characters,
-            scale=6,
-            min_width=320,
-            elem_id="msa-comparison",
-            html_attributes=gr.InputHTMLAttributes(autocomplete="off"),
-        )
-        begin = gr.Button("Compare", variant="primary", scale=1, min_width=80)
-        stop = gr.Button("Stop", scale=1, min_width=80, interactive=False)
+    question, begin, stop = question_row(
+        space.limits, "msa-comparison", "A question about your documents", "Compare"
+    )
     with gr.Row():
         examples = [gr.Button("", size="sm", visible=False, min_width=160) for _ in range(EXAMPLES)]
     with gr.Accordion("How much to read", open=False):
