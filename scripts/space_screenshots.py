@@ -14,11 +14,11 @@ from pathlib import Path
 
 from PIL import Image
 from space_process import Served
-from space_texts import Question, articles, book, questions, zipped
+from space_texts import Question, articles, book, questions
 from space_visitor import TABS, Visitor, browsing
 
 WIDTHS, COLORS = (1280, 390), 192
-MOST_HEIGHT = 1500  # of a picture of a page, in its pixels
+HEIGHT = 1400  # of a window, in pixels
 BOOK_SECONDS = 3600
 
 
@@ -41,7 +41,9 @@ def visit(visitor: Visitor, scratch: Path, options: argparse.Namespace) -> dict:
     chapters = articles(0, options.articles)
     others = articles(options.articles, 2)
     (scratch / "book.pdf").write_bytes(book(chapters))
-    (scratch / "folder.zip").write_bytes(zipped({f"{title}.txt": text for title, text in others.items()}))
+    (scratch / "articles").mkdir()
+    for title, text in others.items():
+        (scratch / "articles" / f"{title}.txt").write_text(text, encoding="utf-8")
     overflow: dict[str, int] = {}
     for name in TABS:
         visitor.tab(name)
@@ -50,16 +52,24 @@ def visit(visitor: Visitor, scratch: Path, options: argparse.Namespace) -> dict:
     visitor.upload(scratch / "book.pdf")
     visitor.added(BOOK_SECONDS)
     told = visitor.watched()[-1]
-    visitor.upload(scratch / "folder.zip")
-    visitor.listed(f"folder/{list(others)[0]}.txt")
+    visitor.upload_folder(scratch / "articles")
+    visitor.listed(f"{list(others)[0]}.txt")
     asked = [own for title in chapters for own in questions(title)]
     replies = [answered(visitor, own) for own in asked[:: len(asked) // 12][:12]]
     best = next((own for own in replies if own["right"] and own["sourced"]), replies[0])
+    visitor.choose("book.pdf")
+    visitor.press("Delete")
+    visitor.listed("book.pdf", there=False)
+    without = visitor.ask(best["question"]).answer
+    visitor.tab("Library")
+    visitor.press("Undo")
+    visitor.listed("book.pdf")
+    visitor.tab("Ask")
     visitor.press("New conversation")
     visitor.page.locator(".msa-turn").first.wait_for(state="detached")
     visitor.ask(best["question"])
-    visitor.compare(best["question"], 1024)
-    visitor.needles([1000, 3000, 10000], 5)
+    caches = visitor.compare(best["question"], 1024)
+    facts = visitor.needles([1000, 3000, 10000], 5)
     for name in TABS:
         visitor.tab(name)
         visitor.settle()
@@ -72,6 +82,9 @@ def visit(visitor: Visitor, scratch: Path, options: argparse.Namespace) -> dict:
         "right": sum(own["right"] for own in replies),
         "sourced": sum(own["sourced"] for own in replies),
         "replies": replies,
+        "without_the_book": without,
+        "caches": [" ".join(row.split()) for row in caches],
+        "facts": len(facts),
         "overflow": overflow,
         "problems": visitor.problems,
     }
@@ -94,13 +107,13 @@ def pictures(visitor: Visitor, folder: Path, name: str, overflow: dict[str, int]
     """The tab in sight, in these widths and colours, with few enough colours to be small."""
     folder.mkdir(parents=True, exist_ok=True)
     for width, dark in looks:
-        visitor.look(width, dark)
+        visitor.look(width, dark, HEIGHT)
         visitor.settle()
         path = folder / f"{name}-{width}-{'dark' if dark else 'light'}.png"
         overflow[path.name] = visitor.overflow()
         with Image.open(io.BytesIO(visitor.picture())) as image:
-            image = image.crop((0, 0, image.width, min(image.height, MOST_HEIGHT))).convert("RGB")
-            image.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
+            image = image.convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+            image.save(path, optimize=True)
     visitor.look(WIDTHS[0], False)
 
 

@@ -1,7 +1,5 @@
 """Real texts with known answers, as the files that a visitor of the app drops: articles, books, folders."""
 
-import io
-import zipfile
 from dataclasses import dataclass
 from textwrap import wrap
 
@@ -68,15 +66,6 @@ def book(chapters: dict[str, str]) -> bytes:
             lines += wrap(part, COLUMNS) or [""]
         pages += [lines[start : start + LINES] for start in range(0, len(lines), LINES)]
     return _pdf([_drawn(page) for page in pages])
-
-
-def zipped(files: dict[str, str]) -> bytes:
-    """A zip file of texts."""
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return data.getvalue()
 
 
 def _drawn(lines: list[str]) -> bytes:

@@ -205,10 +205,11 @@ class Visitor:
 
     # Looks
 
-    def look(self, width: int, dark: bool) -> None:
-        """Shows the page as a window of this width would, in light or dark."""
-        self.page.set_viewport_size({"width": width, "height": 900})
+    def look(self, width: int, dark: bool, height: int = 900) -> None:
+        """Shows the top of the page as a window of this size would, in light or dark."""
+        self.page.set_viewport_size({"width": width, "height": height})
         self.page.evaluate("dark => document.body.classList.toggle('dark', dark)", dark)
+        self.page.evaluate("window.scrollTo(0, 0)")
 
     def overflow(self) -> int:
         """Pixels that the page is wider than the window."""
@@ -219,8 +220,8 @@ class Visitor:
         self.page.wait_for_timeout(1500)
 
     def picture(self) -> bytes:
-        """The whole page as a PNG."""
-        return self.page.screenshot(full_page=True, animations="disabled")
+        """What the window shows, as a PNG."""
+        return self.page.screenshot(animations="disabled")
 
     def _opened(self) -> None:
         self.page.locator(".msa-meter").wait_for()
