@@ -87,6 +87,7 @@ class Library:
         if not self.store.is_dir():
             MemoryStore.create(self.store, engine.model, engine.tokenizer).close()
         self._changes = Changes(folder)
+        self._known: tuple[int, list[Row]] = (-1, [])  # the rows of a commit
 
     @property
     def store(self) -> Path:
@@ -101,7 +102,8 @@ class Library:
     def rows(self, search: str = "") -> list[Row]:
         """The documents whose name or title has all words of `search`, the oldest first."""
         words = search.casefold().split()
-        return [row for row in _rows(self._stored()) if _matches(row, words)]
+        with self._reading() as store:
+            return [row for row in self._rows_of(store) if _matches(row, words)]
 
     def text(self, name: str) -> str:
         """The text of a document, as it was cut. Raises Refused if it is not there."""
@@ -114,14 +116,13 @@ class Library:
 
     def meter(self) -> Meter:
         with self._reading() as store:
-            stats, stored = store.stats(), store.list()
-        tokens = sum(own.tokens for own in stored)
+            rows, stats = self._rows_of(store), store.stats()
+        tokens = sum(row.tokens for row in rows)
         return Meter(
-            documents=len(_rows(stored)),
-            passages=len(stored),
+            documents=len(rows),
+            passages=sum(row.passages for row in rows),
             tokens=tokens,
-            vector_bytes=stats["vector_bytes"] if stored else 0,
-            text_bytes=sum(len(own.text.encode()) for own in stored),
+            vector_bytes=stats["vector_bytes"] if rows else 0,
             cache_bytes=cache_bytes(self._engine.model.config, tokens),
             most_tokens=self._limits.tokens,
         )
@@ -262,6 +263,13 @@ class Library:
             with self._writing() as store:
                 store.delete(ids)
                 self._changes.note()
+
+    def _rows_of(self, store: MemoryStore) -> list[Row]:
+        version, rows = self._known
+        if version != store.version:
+            version, rows = store.version, _rows(store.list())
+            self._known = version, rows
+        return rows
 
     def _stored(self) -> list[StoredDocument]:
         with self._reading() as store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .page import Page
 
 NAME = "Library"
+METER_EVERY = 3.0  # seconds; it counts all passages
 _PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
 _HINT = (
     '<p class="msa-hint">Drop a book here: .txt, .md, .html, .pdf, source code, or a .zip of these. A file '
@@ -112,9 +114,12 @@ def build(page: Page) -> None:
         try:
             begun = rendering.progress_panel(Progress(0, 0, 0, 0, 0.0))
             yield begun, gr.update(interactive=True), "", gr.skip()
+            metered = time.monotonic()
             for progressed in portions:
-                shown = rendering.meter_panel(session.library.meter())
-                yield rendering.progress_panel(progressed), gr.skip(), gr.skip(), shown
+                meter_shown = gr.skip()
+                if time.monotonic() - metered > METER_EVERY:
+                    meter_shown, metered = rendering.meter_panel(session.library.meter()), time.monotonic()
+                yield rendering.progress_panel(progressed), gr.skip(), gr.skip(), meter_shown
             yield gr.skip(), gr.update(interactive=False), "", gr.skip()
         except MSAError as error:
             told = rendering.note(str(error), "bad")

@@ -12,14 +12,13 @@ class Meter:
 
     Attributes:
         passages: that the documents were cut into. vector_bytes: of the memory that the model reads.
-        text_bytes: of the passages as text. cache_bytes: of keys and values of as many tokens in bfloat16.
+        cache_bytes: of keys and values of as many tokens in bfloat16.
     """
 
     documents: int
     passages: int
     tokens: int
     vector_bytes: int
-    text_bytes: int
     cache_bytes: int
     most_tokens: int
 
