@@ -189,7 +189,7 @@ def _add_ingest(subparsers) -> None:
     place.add_argument("--store", metavar="STORE", help="store to add to; made if it is not there")
     parser.add_argument("--namespace", metavar="NAME", help='of the store, default "default"')
     parser.add_argument(
-        "--max-tokens", type=positive, default=256, metavar="N", help="per piece, default 256"
+        "--max-tokens", type=positive, default=128, metavar="N", help="per piece, default 128"
     )
     add_batch_tokens(parser)
     parser.add_argument("--resume", action="store_true", help="use what an interrupted --out has encoded")

@@ -29,7 +29,7 @@ def ingest(
     out: str | Path,
     *,
     model_path: str | Path | None = None,
-    max_tokens: int = 256,
+    max_tokens: int = 128,
     batch_tokens: int | None = None,
     resume: bool = False,
     progress: bool = False,

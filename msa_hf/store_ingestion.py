@@ -47,7 +47,7 @@ def ingest_into(
     paths: Iterable[str | Path],
     *,
     namespace: str = "default",
-    max_tokens: int = 256,
+    max_tokens: int = 128,
     batch_tokens: int | None = None,
     portion_tokens: int = PORTION_TOKENS,
     progress: bool = False,

@@ -32,7 +32,7 @@ class Limits:
     pages: int = 3000
     documents: int = 2000
     tokens: int = 2_000_000
-    piece_tokens: int = 256
+    piece_tokens: int = 128
     question_characters: int = 1000
     answer_tokens: int = 96
     answer_seconds: float = 600.0
