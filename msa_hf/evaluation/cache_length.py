@@ -15,6 +15,7 @@ What decoding itself adds is told by the closing passage after everything before
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from msa_hf.evaluation.cache_protocol import Divergence, diverge, teacher_force
 from msa_hf.evaluation.cache_quality import Protocol
 from msa_hf.evaluation.cache_systems import CacheSystem, dense_system, using_attention
 from msa_hf.evaluation.metrics import Estimate, bootstrap, paired_difference
+
+logger = logging.getLogger(__name__)
 
 LONG_PROTOCOL = Protocol(decoded=4000)
 
@@ -77,7 +80,10 @@ def measure_length(
             f"edge and decoded must be multiples of {protocol.block}, edge at most half of decoded; "
             f"got {edge} and {protocol.decoded}"
         )
-    texts = [compare_places(model, systems, ids, protocol, edge) for ids in rows]
+    texts = []
+    for number, ids in enumerate(rows, 1):
+        logger.info("text %d of %d", number, len(rows))
+        texts.append(compare_places(model, systems, ids, protocol, edge))
     return [
         summarize_length(system.name, results, protocol, edge)
         for system, results in zip(systems, zip(*texts))
