@@ -20,7 +20,7 @@ from msa_hf.space_app.server import served  # noqa: E402
 from msa_hf.space_app.space import Space  # noqa: E402
 
 BOOK = "Oxygen"
-KNOWN = ("When did Carl Wilhelm Scheele", "What early Greek wrote", "In what compound is oxygen found")
+KNOWN = ("When did Carl Wilhelm Scheele", "What early Greek wrote", "What spacecraft contained data")
 MANY = {"uploads_per_minute": 1000, "questions_per_minute": 1000}
 
 
@@ -229,6 +229,35 @@ def test_a_refused_text_can_be_mended(visit, tiny):
     visitor.press("Save")
     edited.wait_for(state="hidden")
     assert "Seine" in visitor.ask("Which river?").sources[0].text
+
+
+def test_nothing_jumps(visit, tiny, tmp_path):
+    visitor = visit(tiny.url)
+
+    def top(locator):
+        return locator.bounding_box()["y"]
+
+    search = visitor.page.get_by_label("Search the documents")
+    before = top(search)
+    (tmp_path / "nile.txt").write_text("\n\n".join([NILE * 8] * 30))
+    visitor.upload(tmp_path / "nile.txt")
+    seen = set()
+    while not visitor.progress().startswith("Added"):
+        seen.add(top(search))
+    assert seen | {top(search)} == {before}
+    visitor.listed("nile.txt")
+
+    left = {visitor.page.locator(".msa-hero").bounding_box()["x"]}
+    for name in visitors().TABS:
+        visitor.tab(name)
+        left.add(visitor.page.locator(".msa-hero").bounding_box()["x"])
+    assert len(left) == 1
+    for number in range(3):  # each question comes to the top of the window, and the field stays in it
+        visitor.ask(f"Which river flows through Cairo, and what is {number}?")
+        turn = visitor.page.locator(".msa-log .msa-turn").nth(number)
+        assert -1 <= top(turn) < 300 and top(turn) < top(visitor.page.locator("#msa-question"))
+        field = visitor.page.locator("#msa-question").bounding_box()
+        assert field["y"] + field["height"] <= 900
 
 
 @pytest.mark.parametrize("name", REFUSED)
