@@ -82,6 +82,7 @@ def ingest(app: Served, options: argparse.Namespace, folder: Path) -> dict:
         while not (shown := owner.progress()).startswith(ENDED):
             seen.append(shown)
             memory.append(app.megabytes("RssAnon"))
+            other.forget_conversation()  # each question costs the same then, and a conversation keeps 40
             asks.append(other.ask(ASKED).seconds)
             lists.append(listing(lister))
             if not stopped and time.monotonic() - begin > 60 * options.minutes:

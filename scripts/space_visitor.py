@@ -173,6 +173,12 @@ class Visitor:
         turns.nth(before).wait_for(timeout=1000 * seconds)
         return self._reply(turns.nth(before), time.monotonic() - begin)
 
+    def forget_conversation(self) -> None:
+        """Begins a new one."""
+        self.tab("Ask")
+        self.press("New conversation")
+        self.page.locator(".msa-turn").first.wait_for(state="detached")
+
     # Trials
 
     def compare(self, question: str, tokens: int, seconds: float = 5 * SECONDS) -> list[str]:
