@@ -26,6 +26,11 @@ class HTMLText(HTMLParser):
         self.skipped: list[str] = []
         self.in_title, self.heading, self.preformatted = False, "", 0
 
+    def close(self):
+        if self.rawdata.startswith("<!--") and not self.cdata_elem:  # left open: it lasts to the page's end
+            self.rawdata = ""
+        super().close()
+
     def handle_starttag(self, tag, attrs):
         if tag == "title" and "svg" not in self.skipped:
             self.in_title = not self.title

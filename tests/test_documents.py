@@ -138,6 +138,13 @@ def test_html_title_and_charset(tmp_path):
     assert (document.title, document.text) == ("Привет", "мир")
 
 
+def test_an_open_html_comment_hides_the_rest():
+    parser = HTMLText()
+    parser.feed("<p>seen</p> <!-- hidden <p> too")
+    parser.close()
+    assert parser.text() == "seen"
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
@@ -147,6 +154,7 @@ def test_html_title_and_charset(tmp_path):
         max_size=12,
     )
 )
+@example(["<!--", "<p>"])
 def test_broken_html_does_not_raise(parts):
     parser = HTMLText()
     parser.feed("".join(parts))
