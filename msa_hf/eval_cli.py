@@ -44,6 +44,11 @@ def _add_calibrate_cache(subparsers) -> None:
     parser.add_argument(
         "--texts", nargs="+", metavar="FILE", help="what it is fitted to (default: articles, code and recall)"
     )
+    parser.add_argument(
+        "--questions",
+        action="store_true",
+        help="and six texts of multiple-choice questions: keeps the letters of few-shot answers",
+    )
     parser.add_argument("--out", metavar="FOLDER", required=True, help="folder of the calibration")
     parser.add_argument("--no-transforms", action="store_true", help="bits alone: one small JSON file")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random")

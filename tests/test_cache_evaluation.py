@@ -428,7 +428,9 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
         length_protocol=Protocol(16, 512, 32),
     )
     systems = [dense_system(), rounded(0.2), *cache_systems.cache_systems(["k4v3"], **SMALL)]
-    report = cache_benchmark.evaluate_cache(str(folder), systems, task)
+    *earlier, report = cache_benchmark.evaluate_cache(str(folder), systems, task)
+    assert len(earlier) == len(cache_benchmark.PARTS) - 1
+    assert earlier[0].quality == report.quality and earlier[0].bytes == [] != report.bytes
     text = cache_evaluation.render(report)
     for word in (
         "Quality over 2 texts",
@@ -459,6 +461,31 @@ def test_length_takes_the_texts_that_are_long_enough(tiny_tokenizer, monkeypatch
     assert len(cache_texts.tokenize_long(tiny_tokenizer, 40, count=9)) == 3
 
 
+def test_question_texts_are_prompts_with_their_answers(monkeypatch):
+    def prompt(number, label, choice):
+        shots = "Question: Is ice cold?\n A. yes\n B. no\nAnswer: A\n\n"
+        context = f"{shots}Question: What is {number}?\n A. a\n B. b\nAnswer:"
+        return {
+            "doc_id": number,
+            "label": label,
+            "request": {"context": context, "continuation": f" {choice}"},
+        }
+
+    prompts = [prompt(0, 1, "A"), prompt(0, 1, "B"), prompt(1, 0, "A"), prompt(1, 0, "B")]
+    asked = []
+    monkeypatch.setattr(cache_texts, "multiple_choice", lambda test, _: asked.append(test) or prompts)
+    texts = cache_texts.question_texts()
+    assert len(texts) == len(set(asked)) == 6 and not any("mmlu" in test for test in asked)
+    assert texts[0] == (
+        "The following are multiple choice questions (with answers).\n\n"
+        "Is ice cold?\nA. yes\nB. no\nAnswer: A\n\n"
+        "What is 0?\nA. a\nB. b\nAnswer: B\n\n"
+        "What is 1?\nA. a\nB. b\nAnswer: A"
+    )
+
+
 def test_unknown_parts_are_refused():
     with pytest.raises(ValueError, match="got colour"):
         cache_benchmark.CacheTask(("quality", "colour"))
+    with pytest.raises(ValueError, match="got none"):
+        cache_benchmark.CacheTask(())

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import tiny_model
@@ -11,8 +12,9 @@ from tiny_models import tiny_model
 from msa_hf import commands, packages
 from msa_hf.asking import ask
 from msa_hf.cli import build_parser, main
-from msa_hf.evaluation import cost
+from msa_hf.evaluation import cache_benchmark, cache_texts, cost
 from msa_hf.model_loading import load_model
+from msa_hf.modeling.errors import DataUnavailableError
 from msa_hf.modeling.memory_bank import MemoryBank
 
 CITIES = {
@@ -283,7 +285,7 @@ def test_train_router(capsys, tmp_path, model_folder):
     assert code == 1 and "line 1" in err
 
 
-def test_calibrate_cache(capsys, tmp_path, model_folder):
+def test_calibrate_cache(capsys, tmp_path, model_folder, monkeypatch):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(" ".join(f"{name} {number} of them." for number in range(120)))
     texts = ["--texts", tmp_path / "one.txt", tmp_path / "two.txt"]
@@ -294,8 +296,23 @@ def test_calibrate_cache(capsys, tmp_path, model_folder):
     assert [path.name for path in out.iterdir()] == ["calibration.json"]
     code, text, _ = run(capsys, *arguments, *texts, "--seed", 1)
     assert code == 0 and "bits (keys" in text and (out / "calibration.safetensors").is_file()
+    questions = [f"Question {number}? " * 200 for number in range(13)]
+    monkeypatch.setattr(cache_texts, "question_texts", lambda: questions)
+    code, text, _ = run(capsys, *arguments, *texts, "--questions", "--no-transforms", "--json")
+    assert code == 0 and len(json.loads(text)["text_tokens"]) == 15  # one of every text
     code, _, err = run(capsys, *arguments, "--texts", tmp_path / "one.txt")
     assert code == 1 and "at least two segments of 1536 tokens" in err
+
+
+def test_eval_cache_keeps_what_was_measured(capsys, tmp_path, monkeypatch):
+    def cut_off(*args, **options):
+        yield SimpleNamespace(to_dict=lambda: {"quality": [1]})
+        raise DataUnavailableError("no MMLU here")
+
+    monkeypatch.setattr(cache_benchmark, "evaluate_cache", cut_off)
+    code, _, err = run(capsys, "eval", "cache", "smollm2-135m", "--out", tmp_path / "report.json")
+    assert code == 1 and "no MMLU here" in err
+    assert json.loads((tmp_path / "report.json").read_text()) == {"quality": [1]}
 
 
 @pytest.mark.parametrize("suite", ["retrieval", "answers", "cost"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ class CacheTask:
     length_protocol: Protocol = LONG_PROTOCOL
 
     def __post_init__(self):
-        if unknown := sorted(set(self.parts) - set(PARTS)):
-            raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(unknown)}")
+        unknown = sorted(set(self.parts) - set(PARTS))
+        if unknown or not self.parts:
+            raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(unknown) or 'none'}")
 
 
 def evaluate_cache(
@@ -86,8 +87,10 @@ def evaluate_cache(
     peers: Iterable[PeerPackage] = (),
     dtype: str = "float32",
     device: str | None = None,
-) -> CacheEvaluation:
+) -> Iterator[CacheEvaluation]:
     """Measures `systems`, and `peers`, with the model `name`: a folder, or one that `cache_models` packages.
+
+    Yields the report so far after every part and every peer; the last one is whole.
 
     Raises DataUnavailableError for an unknown model or data that cannot be had, ValueError for texts that are
     too short.
@@ -96,30 +99,34 @@ def evaluate_cache(
     model, tokenizer = load_causal_model(folder, dtype, device)
     run = _Run(model, tokenizer, list(systems), task)
     results: dict[str, Any] = {}
+    runs: list[PeerRun] = []
+
+    def report() -> CacheEvaluation:
+        found = _with_peers(results, runs)
+        return CacheEvaluation(
+            model=str(name),
+            dtype=str(model.dtype).removeprefix("torch."),
+            systems=[system.name for system in systems],
+            texts=task.texts,
+            protocol=task.protocol,
+            comparisons=compare_with_peers(found.get("quality", [])),
+            missing={run.name: run.reason for run in runs if run.reason},
+            requirements={run.name: run.requirement for run in runs},
+            environment=describe_environment(model.device),
+            **found,
+        )
+
     with tempfile.TemporaryDirectory(prefix="msa-hf-cache-") as temporary:
         dense = Path(temporary)
-        runs = []
-        if "quality" in task.parts:
-            results["quality"] = run.quality(dense)
-        for part in ("bytes", "length", "needle", "mmlu", "speed"):
+        for part in PARTS:
             if part in task.parts:
                 logger.info("measuring %s", part)
-                results[part] = getattr(run, part)()
+                results[part] = run.quality(dense) if part == "quality" else getattr(run, part)()
+                yield report()
         if peers := list(peers):
-            runs = run_peers(run.peer_task(folder, dense), peers)
-    results = _with_peers(results, runs)
-    return CacheEvaluation(
-        model=str(name),
-        dtype=str(model.dtype).removeprefix("torch."),
-        systems=[system.name for system in systems],
-        texts=task.texts,
-        protocol=task.protocol,
-        comparisons=compare_with_peers(results.get("quality", [])),
-        missing={run.name: run.reason for run in runs if run.reason},
-        requirements={run.name: run.requirement for run in runs},
-        environment=describe_environment(model.device),
-        **results,
-    )
+            for peer_run in run_peers(run.peer_task(folder, dense), peers):
+                runs.append(peer_run)
+                yield report()
 
 
 def all_peers() -> tuple[PeerPackage, ...]:
@@ -214,9 +221,12 @@ class _Run:
 
 
 def _with_peers(results: dict[str, Any], runs: Sequence[PeerRun]) -> dict[str, Any]:
+    """The results, with what was measured of peers behind our own."""
+    found = dict(results)
     for run in runs:
         if run.quality is not None:
-            results["quality"].append(summarize_quality(run.name, run.bits, run.quality, peer=True))
+            own = summarize_quality(run.name, run.bits, run.quality, peer=True)
+            found["quality"] = [*found["quality"], own]
         if run.speed is not None:
-            results["speed"][run.name] = run.speed
-    return results
+            found["speed"] = {**found["speed"], run.name: run.speed}
+    return found

