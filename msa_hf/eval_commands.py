@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 from .arguments import batch_tokens, print_json
 from .model_loading import load_model, warn_untrained
 from .modeling.errors import MSAError
+from .modeling.memory_files import replace_json
 
 logger = logging.getLogger(__name__)
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.out and not Path(options.out).parent.is_dir():  # told before hours of work
+        raise MSAError(f"--out must be a file in a folder that exists; got {options.out}")
     own = {"cache": _evaluate_cache, "compare": _compare_caches, "needle": _evaluate_needle}
     if options.suite in own:
         own[options.suite](options)
@@ -100,7 +104,7 @@ def _evaluate_cache(options: argparse.Namespace) -> None:
         _write(report.to_dict(), options)
     if options.plot:
         cache_evaluation.save_plot(report, options.plot)
-    _report(report.to_dict(), cache_evaluation.render(report), options)
+    _show(report.to_dict(), cache_evaluation.render(report), options)
 
 
 def _compare_caches(options: argparse.Namespace) -> None:
@@ -148,12 +152,16 @@ def _evaluate_needle(options: argparse.Namespace) -> None:
 def _report(result: dict, text: str, options: argparse.Namespace) -> None:
     """Prints a result as JSON or as text, and writes it where --out says."""
     _write(result, options)
-    print(json.dumps(result) if options.json else text)
+    _show(result, text, options)
 
 
 def _write(result: dict, options: argparse.Namespace) -> None:
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_json(Path(options.out), result, str(os.getpid()))
+
+
+def _show(result: dict, text: str, options: argparse.Namespace) -> None:
+    print(json.dumps(result) if options.json else text)
 
 
 def calibrate_cache(options: argparse.Namespace) -> None:

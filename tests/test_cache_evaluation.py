@@ -428,9 +428,18 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
         length_protocol=Protocol(16, 512, 32),
     )
     systems = [dense_system(), rounded(0.2), *cache_systems.cache_systems(["k4v3"], **SMALL)]
-    *earlier, report = cache_benchmark.evaluate_cache(str(folder), systems, task)
-    assert len(earlier) == len(cache_benchmark.PARTS) - 1
-    assert earlier[0].quality == report.quality and earlier[0].bytes == [] != report.bytes
+
+    def two_peers(given, _):
+        yield cache_peers.PeerRun("absent 4 bit", "absent", reason="no wheel")
+        found = cache_quality.measure_quality(model, dense_system(), given.texts, given.dense, given.protocol)
+        yield cache_peers.PeerRun("peer 4 bit", "peer", "5", 16.0, found)
+
+    monkeypatch.setattr(cache_benchmark, "run_peers", two_peers)
+    *earlier, report = cache_benchmark.evaluate_cache(str(folder), systems, task, peers=[None])
+    assert len(earlier) == len(cache_benchmark.PARTS) + 1
+    assert earlier[0].quality == report.quality[:-1] and earlier[0].bytes == [] != report.bytes
+    assert report.quality[-1].name == "peer 4 bit" and report.quality[-1].kl.mean < 1e-6
+    assert earlier[-1].missing == report.missing == {"absent 4 bit": "no wheel"}
     text = cache_evaluation.render(report)
     for word in (
         "Quality over 2 texts",
@@ -442,7 +451,7 @@ def test_report_of_all_parts(model, rows, dense, tiny_tokenizer, monkeypatch, tm
     ):
         assert word in text
     kept = json.loads(json.dumps(report.to_dict()))
-    assert [row["name"] for row in kept["quality"]] == ["dense", "rounded 0.2", "k4v3"]
+    assert [row["name"] for row in kept["quality"]] == ["dense", "rounded 0.2", "k4v3", "peer 4 bit"]
     assert "tokens packed in" in text and kept["bytes"][2]["reported"] == kept["bytes"][2]["counted"]
     assert kept["mmlu"][0]["retained"] is None and kept["mmlu"][1]["same_answer"] is not None
     pytest.importorskip("matplotlib")

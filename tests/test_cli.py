@@ -313,6 +313,9 @@ def test_eval_cache_keeps_what_was_measured(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "eval", "cache", "smollm2-135m", "--out", tmp_path / "report.json")
     assert code == 1 and "no MMLU here" in err
     assert json.loads((tmp_path / "report.json").read_text()) == {"quality": [1]}
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    code, _, err = run(capsys, "eval", "cache", "smollm2-135m", "--out", tmp_path / "none" / "report.json")
+    assert code == 1 and "--out must be a file in a folder that exists" in err
 
 
 @pytest.mark.parametrize("suite", ["retrieval", "answers", "cost"])

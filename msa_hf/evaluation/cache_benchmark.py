@@ -97,35 +97,34 @@ def evaluate_cache(
     """
     folder = model_folder(name)
     model, tokenizer = load_causal_model(folder, dtype, device)
-    run = _Run(model, tokenizer, list(systems), task)
     results: dict[str, Any] = {}
     runs: list[PeerRun] = []
 
     def report() -> CacheEvaluation:
-        found = _with_peers(results, runs)
         return CacheEvaluation(
             model=str(name),
             dtype=str(model.dtype).removeprefix("torch."),
             systems=[system.name for system in systems],
             texts=task.texts,
             protocol=task.protocol,
-            comparisons=compare_with_peers(found.get("quality", [])),
+            comparisons=compare_with_peers(results.get("quality", [])),
             missing={run.name: run.reason for run in runs if run.reason},
             requirements={run.name: run.requirement for run in runs},
             environment=describe_environment(model.device),
-            **found,
+            **results,
         )
 
     with tempfile.TemporaryDirectory(prefix="msa-hf-cache-") as temporary:
-        dense = Path(temporary)
+        run = _Run(model, tokenizer, list(systems), task, Path(temporary))
         for part in PARTS:
             if part in task.parts:
                 logger.info("measuring %s", part)
-                results[part] = run.quality(dense) if part == "quality" else getattr(run, part)()
+                results[part] = getattr(run, part)()
                 yield report()
         if peers := list(peers):
-            for peer_run in run_peers(run.peer_task(folder, dense), peers):
+            for peer_run in run_peers(run.peer_task(folder), peers):
                 runs.append(peer_run)
+                results |= _peer_results(results, peer_run)
                 yield report()
 
 
@@ -136,21 +135,22 @@ def all_peers() -> tuple[PeerPackage, ...]:
 
 @dataclass(frozen=True)
 class _Run:
-    """The parts of one run, which share a model."""
+    """The parts of one run, which share a model; `dense` is a folder for the logits of the dense cache."""
 
     model: Any
     tokenizer: Any
     systems: list[CacheSystem]
     task: CacheTask
+    dense: Path
 
-    def quality(self, dense: Path) -> list[CacheQuality]:
+    def quality(self) -> list[CacheQuality]:
         rows, protocol = self.quality_rows(), self.task.protocol
-        save_dense_logits(self.model, rows, dense, protocol)
+        save_dense_logits(self.model, rows, self.dense, protocol)
         states = measured_states(self.model, rows[0], protocol)
         results = []
         for system in self.systems:
             logger.info("quality of %s", system.name)
-            divergences = measure_quality(self.model, system, rows, dense, protocol)
+            divergences = measure_quality(self.model, system, rows, self.dense, protocol)
             bits = measure_bits(self.model, system, states, protocol)
             results.append(summarize_quality(system.name, bits, divergences))
         return results
@@ -203,12 +203,12 @@ class _Run:
         length = speed_tokens(task.contexts, task.groups, task.steps)
         return tokenize(self.tokenizer, long_texts()[:1], length)[0]
 
-    def peer_task(self, folder: Path, dense: Path) -> PeerTask:
+    def peer_task(self, folder: Path) -> PeerTask:
         task, parts = self.task, self.task.parts
         return PeerTask(
             model=folder,
             texts=self.quality_rows() if "quality" in parts else (),
-            dense=dense,
+            dense=self.dense,
             protocol=task.protocol,
             long=self.long_row() if "speed" in parts else (),
             contexts=task.contexts if "speed" in parts else (),
@@ -220,13 +220,12 @@ class _Run:
         return [system for system in self.systems if system.name != dense_system().name]
 
 
-def _with_peers(results: dict[str, Any], runs: Sequence[PeerRun]) -> dict[str, Any]:
-    """The results, with what was measured of peers behind our own."""
-    found = dict(results)
-    for run in runs:
-        if run.quality is not None:
-            own = summarize_quality(run.name, run.bits, run.quality, peer=True)
-            found["quality"] = [*found["quality"], own]
-        if run.speed is not None:
-            found["speed"] = {**found["speed"], run.name: run.speed}
+def _peer_results(results: dict[str, Any], run: PeerRun) -> dict[str, Any]:
+    """The parts that a peer was measured in, with its own figures last. Reports before keep theirs."""
+    found = {}
+    if run.quality is not None:
+        own = summarize_quality(run.name, run.bits, run.quality, peer=True)
+        found["quality"] = [*results["quality"], own]
+    if run.speed is not None:
+        found["speed"] = {**results["speed"], run.name: run.speed}
     return found
